@@ -1,0 +1,43 @@
+"""Sparse memory finetuning: teach a pretrained language model something new by changing a few memory rows.
+
+Importing this package registers the method with PEFT.
+"""
+
+from .adapter import SparseMemoryConfig, SparseMemoryModel, set_train
+from .background import Background, read_background
+from .errors import (
+    BackgroundError,
+    ConfigError,
+    DataError,
+    PatchError,
+    SmfError,
+    TrainingError,
+    UnsupportedModelError,
+)
+from .memory import ProductKeyMemory, memory_layers
+from .optimizer import SparseMemoryOptimizer, StepReport
+from .patch import Patch, load_patch, save_patch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Background",
+    "BackgroundError",
+    "ConfigError",
+    "DataError",
+    "Patch",
+    "PatchError",
+    "ProductKeyMemory",
+    "SmfError",
+    "SparseMemoryConfig",
+    "SparseMemoryModel",
+    "SparseMemoryOptimizer",
+    "StepReport",
+    "TrainingError",
+    "UnsupportedModelError",
+    "load_patch",
+    "memory_layers",
+    "read_background",
+    "save_patch",
+    "set_train",
+]

@@ -1,0 +1,240 @@
+"""The background: how often general text reads each row of each memory layer."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Sized
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .errors import BackgroundError
+from .files import write_atomically
+from .fingerprint import json_hash, tensor_bytes, tensors_hash
+from .memory import ProductKeyMemory, memory_layers
+from .rows import find
+
+FORMAT = 1
+
+
+@dataclass
+class LayerCounts:
+    """Rows of one layer that the background read: ids ascending, reads `b`, documents that read them `df`."""
+
+    ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    b: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    df: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @property
+    def total(self) -> int:
+        """All reads of the layer."""
+        return int(self.b.sum())
+
+    def add(self, idx_TR: Tensor, doc_T: Tensor, n_rows: int) -> None:
+        """Count the reads of tokens that belong to documents `doc_T`; a document comes in one call."""
+        key = doc_T[:, None].long() * n_rows + idx_TR.long()
+        pairs, hits = torch.unique(key, return_counts=True)  # one entry for each (document, row)
+        ids = torch.cat([self.ids, (pairs % n_rows).cpu()])
+        b = torch.cat([self.b, hits.cpu()])
+        df = torch.cat([self.df, torch.ones(len(pairs), dtype=torch.int64)])
+        self.ids, inverse = torch.unique(ids, return_inverse=True)
+        self.b = torch.zeros_like(self.ids).index_add_(0, inverse, b)
+        self.df = torch.zeros_like(self.ids).index_add_(0, inverse, df)
+
+
+@dataclass
+class Background:
+    """How often general text reads each row.
+
+    Args:
+        layers: counts by decoder layer index.
+        n_docs: documents read (B).
+        identity: hash of base, config, query and keys that the counts belong to (not of the values).
+        corpus: hash of the token ids that were read.
+    """
+
+    layers: dict[int, LayerCounts]
+    n_docs: int
+    identity: str
+    corpus: str
+
+    def at(self, layer: int, rows_R: Tensor) -> tuple[Tensor, Tensor]:
+        """`b_R` and `df_R` in float64 on the device of `rows_R`; rows that no document read have zero."""
+        counts = self.layers[layer]
+        position_R, found_R = find(counts.ids, rows_R.cpu())
+        b_R, df_R = torch.zeros(2, len(found_R), dtype=torch.float64)
+        b_R[found_R] = counts.b[position_R[found_R]].double()
+        df_R[found_R] = counts.df[position_R[found_R]].double()
+        return b_R.to(rows_R.device), df_R.to(rows_R.device)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically."""
+        header = {"format": FORMAT, "n_docs": self.n_docs, "identity": self.identity, "corpus": self.corpus}
+        tensors = {
+            f"{layer}.{name}": getattr(counts, name).contiguous()
+            for layer, counts in self.layers.items()
+            for name in ("ids", "b", "df")
+        }
+        write_atomically(Path(path), save(tensors, metadata={"smf_background": json.dumps(header, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Background:
+        """Read a file written by `save`; anything else raises BackgroundError."""
+        if not Path(path).is_file():
+            raise BackgroundError(f"no background at {path}; make one with smf.read_background(...).save(path)")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("smf_background", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, ValueError, OSError) as error:
+            raise BackgroundError(f"{path} is not a readable background file: {error}") from error
+        if not isinstance(header, dict):
+            raise BackgroundError(f"{path} is a safetensors file, but not a background of smf")
+        if header.get("format") != FORMAT:
+            raise BackgroundError(f"{path} has background format {header.get('format')}; this version reads {FORMAT}")
+        layers: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            layer, _, column = name.partition(".")
+            layers.setdefault(int(layer), {})[column] = tensor
+        counts = {layer: LayerCounts(**columns) for layer, columns in sorted(layers.items())}
+        return cls(counts, header["n_docs"], header["identity"], header["corpus"])
+
+
+def batches_of_texts(texts: Iterable[Any], tokenizer: Any, max_length: int, batch_size: int) -> Iterable[dict]:
+    """Tokenise texts and pad them on the right; a text without tokens is left out."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked, so any id will do
+    rows: list[list[int]] = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise BackgroundError(f"with a tokenizer, data must be texts; got {type(text).__name__}")
+        ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+        if ids:
+            rows.append(ids)
+        if len(rows) == batch_size:
+            yield pad_right(rows, pad)
+            rows = []
+    if rows:
+        yield pad_right(rows, pad)
+
+
+def pad_right(rows: list[list[int]], pad: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` `[B, S]` of token lists."""
+    length = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+    }
+
+
+def background_identity(memories: dict[int, ProductKeyMemory]) -> str:
+    """Hash of what decides which rows a text reads: base, sizes, query and keys; not of the values."""
+    read_by = {
+        layer: {
+            "base": memory.base_hash,
+            "shape": {k: v for k, v in asdict(memory.shape).items() if k in ("d", "n_keys", "heads", "knn", "mode")},
+            "search": tensors_hash(
+                {kind: memory.tensor(kind) for kind in ("query_weight", "query_bias", "keys")}, dtype=torch.float32
+            ),
+        }
+        for layer, memory in memories.items()
+    }
+    return json_hash(read_by)
+
+
+def read_background(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    max_length: int = 512,
+    batch_size: int = 8,
+    adapter: str | None = None,
+) -> Background:
+    """Count how often general text reads each row.
+
+    Args:
+        model: a model with memory layers.
+        data: texts (with a tokenizer), or batches: mappings with `input_ids` `[B, S]`, optionally `attention_mask`
+            and `position_ids`. A document is one text, or one row of a batch.
+        tokenizer: for texts.
+        max_length: tokens read of a text.
+        batch_size: texts a forward pass.
+        adapter: whose memory; None for the active one.
+
+    Raises:
+        BackgroundError: no document, no tokenizer for texts, or no memory layer that reads.
+    """
+    memories = memory_layers(model, adapter)
+    if not memories:
+        raise BackgroundError("the model has no memory layers; attach them first with get_peft_model(model, config)")
+    items: Iterable[Any] = data
+    if tokenizer is not None:
+        items = batches_of_texts(data, tokenizer, max_length, batch_size)
+    batches = -(-len(data) // batch_size) if tokenizer is not None and isinstance(data, Sized) else None
+    counts = {layer: LayerCounts() for layer in memories}
+    corpus, n_docs = hashlib.sha256(), 0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(items, total=batches, desc="background", unit="batch", leave=False):
+            n_docs += _read_batch(model, memories, counts, _checked(batch), corpus)
+    finally:
+        model.train(was_training)
+        for memory in memories.values():
+            memory.observer = None
+    if n_docs == 0:
+        raise BackgroundError("the background has no document with a token in it; pass general texts or batches")
+    if any(len(count.ids) == 0 for count in counts.values()):
+        raise BackgroundError("a memory layer read nothing; is its adapter disabled or inactive?")
+    return Background(counts, n_docs, background_identity(memories), corpus.hexdigest())
+
+
+def _checked(batch: Any) -> dict[str, Tensor]:
+    if isinstance(batch, str):
+        raise BackgroundError("data holds texts; pass tokenizer=... or batches of input_ids and attention_mask")
+    if not hasattr(batch, "keys") or "input_ids" not in batch:
+        raise BackgroundError(f"a batch must be a mapping with input_ids; got {type(batch).__name__}")
+    ids = torch.as_tensor(batch["input_ids"])
+    if ids.dim() != 2:
+        raise BackgroundError(f"input_ids must be [B, S]; got {tuple(ids.shape)}")
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+    if mask.shape != ids.shape:
+        raise BackgroundError(f"attention_mask must be [B, S] = {tuple(ids.shape)}; got {tuple(mask.shape)}")
+    positions = batch.get("position_ids")
+    if positions is None:  # right for left padding too
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": torch.as_tensor(positions)}
+
+
+@torch.no_grad()
+def _read_batch(model: nn.Module, memories: dict, counts: dict, batch: dict[str, Tensor], corpus: Any) -> int:
+    device = next(model.parameters()).device
+    ids, mask = batch["input_ids"], batch["attention_mask"] != 0
+    for row, real in zip(ids.cpu(), mask.cpu(), strict=True):
+        if bool(real.any()):
+            corpus.update(hashlib.sha256(tensor_bytes(row[real].long())).digest())
+    doc_T = torch.arange(len(ids)).repeat_interleave(ids.shape[1])
+    mask_T = mask.flatten().to(device)
+    doc_T = doc_T.to(device)[mask_T]
+
+    def observer(layer: int, memory: ProductKeyMemory):
+        return lambda idx_TR: counts[layer].add(idx_TR[mask_T], doc_T, memory.shape.n_rows)
+
+    for layer, memory in memories.items():
+        memory.observer = observer(layer, memory)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    accepted = inspect.signature(base.forward).parameters
+    inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
+    inputs |= {"use_cache": False, "logits_to_keep": 1}  # the vocabulary's logits are not needed
+    model(**{name: value for name, value in inputs.items() if name in accepted})
+    return int(mask.any(-1).sum())

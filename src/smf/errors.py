@@ -1,0 +1,29 @@
+"""What can go wrong, by cause. Each class is also the standard exception that callers would expect."""
+
+
+class SmfError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ConfigError(SmfError, ValueError):
+    """An option, a recipe key or a combination of them that cannot work."""
+
+
+class UnsupportedModelError(SmfError, ValueError):
+    """A model that memory layers cannot be attached to."""
+
+
+class BackgroundError(SmfError, ValueError):
+    """A missing, broken or foreign background."""
+
+
+class DataError(SmfError, ValueError):
+    """A data set, file, row or column that cannot be used."""
+
+
+class PatchError(SmfError, ValueError):
+    """A patch file that is broken, or that does not fit the model."""
+
+
+class TrainingError(SmfError, RuntimeError):
+    """A training step that would do nothing, or something else than it says."""

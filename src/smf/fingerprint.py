@@ -1,0 +1,69 @@
+"""Hashes that say which weights a file belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MEMORY_PREFIX = "sparse_memory_"
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The raw bytes of a tensor, row-major, whatever its dtype."""
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def tensors_hash(tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes, in order of the names.
+
+    Args:
+        tensors: what to hash.
+        dtype: round floating-point tensors to this dtype first (one tensor at a time).
+    """
+
+    def digest(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.detach().to(dtype)
+        head = json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode()
+        return hashlib.sha256(head + hashlib.sha256(tensor_bytes(tensor)).digest()).digest()
+
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        return hashlib.sha256(b"".join(pool.map(digest, sorted(tensors.items())))).hexdigest()
+
+
+def json_hash(value: Any) -> str:
+    """SHA-256 of a JSON value with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def is_memory_parameter(name: str) -> bool:
+    """Whether a parameter of a PEFT model belongs to a memory layer."""
+    return any(part.startswith(MEMORY_PREFIX) for part in name.split("."))
+
+
+def _base_parameters(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        if not is_memory_parameter(name):
+            for wrapper in ("module.", "_orig_mod.", "base_model.model."):  # DDP, torch.compile, PEFT
+                name = name.removeprefix(wrapper)
+            yield name.replace(".base_layer.", "."), parameter
+
+
+def base_hash(model: nn.Module) -> str | None:
+    """Hash of a model's own weights, rounded to bfloat16, without any memory.
+
+    The same for a base in float32 and in bfloat16, bare or wrapped by PEFT. None where weights are not in memory
+    (meta tensors), since nothing can be said then.
+    """
+    parameters = dict(_base_parameters(model))
+    if any(p.is_meta for p in parameters.values()):
+        return None
+    return tensors_hash(parameters, dtype=torch.bfloat16)

@@ -1,0 +1,322 @@
+"""The product-key memory layer, and the backward pass that keeps the factors of its row gradient.
+
+Formulas: Lample et al. 2019 (arXiv 1907.05242) for product keys, Berges et al. 2024 (arXiv 2412.09764) for the gated
+output. Shape letters: T tokens, D model width, H heads, K `knn`, R = H * K reads a token, N = n_keys ** 2 rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import ConfigError, TrainingError
+from .rows import RowStore
+
+GATHER_ELEMENTS = 2**24  # rows are gathered in pieces of at most this many numbers (64 MiB in float32)
+KINDS = ("values", "keys", "query_weight", "query_bias", "gate", "out", "scale", "anchor")
+
+
+def seeded(*parts: Any) -> torch.Generator:
+    """A CPU generator that depends on nothing but `parts`, and on all of them."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(frozen=True)
+class MemoryShape:
+    """Sizes and start of one memory layer; two layers of equal shape start from equal tensors on every machine."""
+
+    layer: int
+    d: int
+    n_keys: int
+    heads: int
+    knn: int
+    k_dim: int
+    mode: str
+    init: str
+    seed: int
+    table_dtype: torch.dtype
+    dtype: torch.dtype = torch.float32  # of everything but the table
+
+    @property
+    def n_rows(self) -> int:
+        """N, the rows of the value table."""
+        return self.n_keys**2
+
+    def _uniform(self, generator: torch.Generator, size: tuple[int, ...], bound: float) -> Tensor:
+        return torch.empty(size, device="cpu").uniform_(-bound, bound, generator=generator)
+
+    def start(self) -> dict[str, Tensor]:
+        """The tensors that a fresh layer starts from, by kind, on the CPU.
+
+        Variances as in arXiv 2605.03229 (facts: values 1/d, keys 1/(3 k_dim), query Xavier, gate and out 1/d), drawn
+        with `uniform_`, whose bits do not depend on the machine; the table is drawn last, so that it alone can be left
+        out or checked.
+        """
+        d, half = self.d, self.k_dim // 2
+        generator = seeded("memory", self.seed, self.layer)
+        tensors = {
+            "query_weight": self._uniform(
+                generator, (self.heads * self.k_dim, d), math.sqrt(6 / (d + self.heads * self.k_dim))
+            ),
+            "query_bias": self._uniform(generator, (self.heads * self.k_dim,), 1 / math.sqrt(d)),
+            "keys": self._uniform(generator, (self.heads, 2, self.n_keys, half), 1 / math.sqrt(self.k_dim)),
+            "gate": self._uniform(generator, (d, d), math.sqrt(3 / d)),
+            "out": self._uniform(generator, (d, d), math.sqrt(3 / d)),
+            "anchor": torch.zeros(1),
+        }
+        if self.mode == "additive":
+            tensors["scale"] = torch.full((1,), 1.0 if self.init == "zero" else 0.01)
+        tensors = {kind: tensor.to(self.dtype) for kind, tensor in tensors.items()}
+        if self.init == "zero":
+            tensors["values"] = torch.zeros(self.n_rows, d, dtype=self.table_dtype, device="cpu")
+        else:
+            tensors["values"] = self._uniform(generator, (self.n_rows, d), math.sqrt(3 / d)).to(self.table_dtype)
+        return tensors
+
+
+@dataclass
+class Factors:
+    """What one backward pass leaves of the table's gradient: `grad[row] = sum over (t, r) with idx = row of w * g`."""
+
+    idx_TR: Tensor  # int32, row ids
+    w_TR: Tensor  # softmax weights
+    g_TD: Tensor  # gradient of o, the weighted row sum
+    mask_T: Tensor | None  # bool, tokens that are not pads; None: all are
+
+
+@dataclass
+class Journal:
+    """What a training may change, as it was when its optimizer was made."""
+
+    rows: RowStore  # column "old": each row ever chosen, before its first update
+    others: dict[str, Tensor]  # other parameters of the layer, whole
+    table: Tensor | None = None  # the whole table, where an update moves all of it (masked-adam)
+
+
+def weighted_row_sum(values_ND: Tensor, idx_TR: Tensor, w_TR: Tensor) -> Tensor:
+    """`o[t] = sum over r of w[t, r] * values[idx[t, r]]`, `[T, D]`, in the dtype of the weights."""
+    if values_ND.dtype == w_TR.dtype:
+        return F.embedding_bag(idx_TR, values_ND, per_sample_weights=w_TR, mode="sum")
+    pieces = [
+        torch.bmm(w.unsqueeze(1), values_ND[idx].to(w.dtype)).squeeze(1) for idx, w in _pieces(values_ND, idx_TR, w_TR)
+    ]
+    return torch.cat(pieces)
+
+
+def _row_dot(values_ND: Tensor, idx_TR: Tensor, g_TD: Tensor) -> Tensor:
+    """`values[idx[t, r]] . g[t]`, `[T, R]`: the gradient of the weights."""
+    pieces = [
+        torch.bmm(values_ND[idx].to(g.dtype), g.unsqueeze(-1)).squeeze(-1)
+        for idx, g in _pieces(values_ND, idx_TR, g_TD)
+    ]
+    return torch.cat(pieces)
+
+
+def _pieces(values_ND: Tensor, idx_TR: Tensor, other_TX: Tensor) -> zip[tuple[Tensor, Tensor]]:
+    tokens = max(1, GATHER_ELEMENTS // (idx_TR.shape[1] * values_ND.shape[1]))
+    return zip(idx_TR.split(tokens), other_TX.split(tokens), strict=True)
+
+
+class _RowSum(torch.autograd.Function):
+    """`weighted_row_sum` whose backward hands the factors of the table's gradient to `keep`, not to autograd.
+
+    The anchor is a one-element parameter: it makes the backward pass reach this function where nothing below needs a
+    gradient, and gives DDP something to reduce. `keep` is an attribute of the context, not a saved tensor: under
+    activation checkpointing the context of the first forward is the one that runs backward, once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w_TR: Tensor, anchor: Tensor, values_ND: Tensor, idx_TR: Tensor, keep: Callable | None):
+        ctx.keep = keep
+        ctx.anchor_like = anchor
+        ctx.save_for_backward(w_TR, values_ND, idx_TR)
+        return weighted_row_sum(values_ND, idx_TR, w_TR)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
+        (g_TD,) = grads
+        w_TR, values_ND, idx_TR = ctx.saved_tensors
+        if ctx.keep is not None:
+            ctx.keep(idx_TR, w_TR, g_TD)
+        grad_w_TR = _row_dot(values_ND, idx_TR, g_TD) if ctx.needs_input_grad[0] else None
+        return grad_w_TR, torch.zeros_like(ctx.anchor_like), None, None, None
+
+
+class ProductKeyMemory:
+    """One adapter's memory at one decoder layer: a view of its parameters, and what its training keeps.
+
+    Args:
+        shape: sizes and start.
+        parameters: for each kind in `KINDS` a mapping from adapter name to tensor. Looked up at every use, since PEFT
+            and transformers replace parameters when they load.
+        adapter: the adapter's name.
+        base_hash: hash of the base model's weights, where known.
+    """
+
+    def __init__(
+        self,
+        shape: MemoryShape,
+        parameters: Mapping[str, Mapping[str, Tensor]],
+        adapter: str,
+        base_hash: str | None = None,
+    ):
+        self.shape = shape
+        self.adapter = adapter
+        self.base_hash = base_hash
+        self._parameters = parameters
+        self.observer: Callable[[Tensor], None] | None = None  # sees idx_TR of every forward (the background)
+        self.journal: Journal | None = None  # since the last optimizer was made
+        self._pending: list[Factors] = []
+        self._consumer: weakref.ref | None = None  # the optimizer that takes the factors
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy starts without an optimizer: the factors and the promise to consume them stay with the original
+        return self.__dict__ | {"_pending": [], "_consumer": None, "observer": None}
+
+    def tensor(self, kind: str) -> Tensor:
+        """The parameter of this kind."""
+        return self._parameters[kind][self.adapter]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of parameter that this memory has (a replacement has no scale)."""
+        return [kind for kind in KINDS if self.adapter in self._parameters[kind]]
+
+    @property
+    def values(self) -> Tensor:
+        """The value table `[N, D]`."""
+        return self.tensor("values")
+
+    @property
+    def trainable(self) -> bool:
+        """Whether training updates rows of this memory."""
+        return self.tensor("anchor").requires_grad
+
+    def others(self) -> dict[str, Tensor]:
+        """Every parameter but the table and the anchor, by kind."""
+        return {kind: self.tensor(kind) for kind in self.kinds if kind not in ("values", "anchor")}
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def search(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows that each token reads and their weights: `idx_TR` (int32), `w_TR` (softmax over the K of a head).
+
+        Two halves of a head's query score `n_keys` sub-keys each; the K best sums of the K best of both halves are
+        the K best of all N pairs (arXiv 1907.05242, section 3.2).
+        """
+        shape, dtype = self.shape, x_TD.dtype
+        T, H, K, n = len(x_TD), shape.heads, shape.knn, shape.n_keys
+        query = F.linear(x_TD, self.tensor("query_weight").to(dtype), self.tensor("query_bias").to(dtype))
+        query_THPC = query.view(T, H, 2, shape.k_dim // 2)
+        scores_THPn = torch.einsum("thpc,hpnc->thpn", query_THPC, self.tensor("keys").to(dtype))
+        best_THPK, id_THPK = scores_THPn.topk(K, dim=-1)
+        sums_THKK = best_THPK[:, :, 0, :, None] + best_THPK[:, :, 1, None, :]
+        score_THK, pair_THK = sums_THKK.flatten(2).topk(K, dim=-1)
+        first_THK = id_THPK[:, :, 0].gather(-1, pair_THK // K)
+        second_THK = id_THPK[:, :, 1].gather(-1, pair_THK % K)
+        idx_TR = (first_THK * n + second_THK).to(torch.int32).flatten(1)
+        return idx_TR, score_THK.softmax(-1).flatten(1)
+
+    def forward(self, x: Tensor, mask_T: Tensor | None, *, training: bool) -> Tensor:
+        """`scale * out(o * silu(gate(x)))` for hidden states `[..., D]`, in their dtype.
+
+        Everything is computed outside autocast and in at least float32.
+
+        Args:
+            x: hidden states.
+            mask_T: which tokens are not pads, or None for all.
+            training: whether reads count and the table learns in the backward pass.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        keep = self._keeper(mask_T) if training and self.trainable and torch.is_grad_enabled() else None
+        with torch.autocast(x.device.type, enabled=False):
+            x_TD = x.reshape(-1, x.shape[-1]).to(dtype)
+            idx_TR, w_TR = self.search(x_TD)
+            if self.observer is not None:
+                self.observer(idx_TR)
+            o_TD = _RowSum.apply(w_TR, self.tensor("anchor"), self.values, idx_TR, keep)
+            gated_TD = o_TD * F.silu(F.linear(x_TD, self.tensor("gate").to(dtype)))
+            y_TD = F.linear(gated_TD, self.tensor("out").to(dtype))
+            if self.shape.mode == "additive":
+                y_TD = y_TD * self.tensor("scale").to(dtype)
+        return y_TD.to(x.dtype).view(x.shape)
+
+    # -- what training takes ------------------------------------------------------------------------------------------
+
+    def _keeper(self, mask_T: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], None]:
+        def keep(idx_TR: Tensor, w_TR: Tensor, g_TD: Tensor) -> None:
+            if not self.attached:
+                raise TrainingError(
+                    f"the memory at layer {self.shape.layer} is trainable, but no SparseMemoryOptimizer takes its "
+                    "gradient, so training would change nothing. Make one and give it to the loop: "
+                    "Trainer(..., optimizers=(smf.SparseMemoryOptimizer(model, background, lr=...), None)); "
+                    "to train something else beside a frozen memory, load it with is_trainable=False."
+                )
+            self._pending.append(Factors(idx_TR, w_TR.detach(), g_TD, mask_T))
+
+        return keep
+
+    @property
+    def rows_per_step(self) -> int | None:
+        """Rows that a step of the attached optimizer updates (all rows: N); None without an optimizer."""
+        consumer = None if self._consumer is None else self._consumer()
+        return None if consumer is None else min(consumer.rows_per_step, self.shape.n_rows)
+
+    @property
+    def attached(self) -> bool:
+        """Whether a living optimizer takes this memory's factors."""
+        return self._consumer is not None and self._consumer() is not None
+
+    def attach(self, consumer: Any, journal: Journal) -> None:
+        """Let `consumer` (held weakly) take the factors from now on; the journal starts anew."""
+        self._consumer, self.journal, self._pending = weakref.ref(consumer), journal, []
+
+    def belongs_to(self, consumer: Any) -> bool:
+        """Whether `consumer` is the last one that was attached."""
+        return self._consumer is not None and self._consumer() is consumer
+
+    def take(self) -> list[Factors]:
+        """The factors since the last `take` or `drop`, one entry a backward pass."""
+        pending, self._pending = self._pending, []
+        return pending
+
+    def drop(self) -> None:
+        """Forget the pending factors."""
+        self._pending = []
+
+
+class MemoryHost(nn.Module):
+    """A module that holds the memories of one decoder layer, by adapter; the base class of the PEFT layer."""
+
+    layer: int
+    memories: dict[str, ProductKeyMemory]
+    active_adapters: Any  # list[str]; PEFT's property
+
+
+def memory_layers(model: nn.Module, adapter: str | None = None) -> dict[int, ProductKeyMemory]:
+    """The memory of each decoder layer that has one: layer index -> memory; `.values` is its table `[N, D]`.
+
+    Args:
+        model: any model with memory layers, however wrapped.
+        adapter: the adapter's name; None for the active one, of which there must be one at most.
+    """
+    hosts = [module for module in model.modules() if isinstance(module, MemoryHost)]
+    if adapter is None:
+        active = sorted({name for host in hosts for name in host.active_adapters if name in host.memories})
+        if len(active) > 1:
+            raise ConfigError(f"adapters {active} are active; name one with adapter=...")
+        adapter = active[0] if active else None
+    names = sorted({name for host in hosts for name in host.memories})
+    if adapter is not None and adapter not in names:
+        raise ConfigError(f"adapter {adapter!r} has no memory layers; adapters with some: {names}")
+    return {host.layer: host.memories[adapter] for host in hosts if adapter in host.memories}

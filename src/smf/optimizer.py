@@ -1,0 +1,422 @@
+"""The optimizer that updates only the chosen rows of each memory layer.
+
+Shape letters: R rows read, t rows chosen in a layer, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ranks
+from .background import Background, background_identity
+from .errors import BackgroundError, ConfigError, TrainingError
+from .memory import Factors, Journal, ProductKeyMemory, memory_layers, seeded
+from .rows import RowStore, find
+from .selection import NEED_BACKGROUND, ReadsKind, Rule, count_reads, find_rule, score_rows, select_rows
+
+UpdateKind = Literal["adam", "sgd", "masked-adam"]
+
+
+@dataclass
+class StepReport:
+    """What the last step did.
+
+    Args:
+        step: counted from 1.
+        rows: ids of the rows chosen in each layer, ascending.
+        rows_read: how many rows each layer read.
+        reads: how many reads (hits) each layer counted, over all micro-batches and ranks.
+        grad_norm: norm over the chosen rows and the other trainable parameters, before clipping.
+    """
+
+    step: int
+    rows: dict[int, Tensor]
+    rows_read: dict[int, int]
+    reads: dict[int, int]
+    grad_norm: float
+
+
+def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor) -> Tensor:
+    """Gradient `[t, D]` of the rows `rows_t` (ascending) from the factors of some backward passes.
+
+    Each chosen row is the weighted sum of the gradients of the tokens that read it: an embedding bag over tokens, so
+    that neither time nor memory depends on the size of the table.
+    """
+    grad_tD = torch.zeros(len(rows_t), like.shape[1], dtype=torch.promote_types(like.dtype, torch.float32)).to(
+        like.device
+    )
+    for f in factors:
+        slot, chosen = find(rows_t, f.idx_TR.flatten().long())
+        read = chosen.nonzero().squeeze(1)  # positions in the flattened [T, R]
+        slot_sorted, order = torch.sort(slot[read], stable=True)
+        read = read[order]
+        starts = torch.searchsorted(slot_sorted, torch.arange(len(rows_t), device=slot.device))
+        token, weight = read // f.idx_TR.shape[1], f.w_TR.flatten()[read]
+        grad_tD += F.embedding_bag(token, f.g_TD, starts, per_sample_weights=weight, mode="sum")
+    return grad_tD
+
+
+class SparseMemoryOptimizer(torch.optim.Optimizer):
+    """Updates, in each memory layer, the `rows_per_step` rows that a rule scores best on the step's reads.
+
+    A step covers all backward passes since the last one, on all ranks. It needs no support from the training loop
+    but calls of `step()`: HF Trainer (`optimizers=(optimizer, None)`), TRL, accelerate and plain loops work unchanged.
+    Learning-rate schedulers act on its parameter groups: the first holds the memory rows, the second, if there is
+    one, every other trainable parameter (AdamW). The optimizer clips by itself, by one norm over both; give Trainer
+    `max_grad_norm=0`.
+
+    Args:
+        model: with memory layers attached, before or after DDP.
+        background: from `read_background`; needed by the rules kl and tfidf.
+        lr: learning rate of rows.
+        rows_per_step: rows updated in a step and layer (t); all rows read, where fewer were.
+        rule: "kl", "tfidf", "tf", "random", "all", or a function of the same signature as `smf.selection.kl`.
+        reads: "hits" counts 1 a read; "gradient" counts weight times the norm of the token's gradient.
+        update: "adam" and "sgd" move nothing but the chosen rows; "masked-adam" is the control of arXiv 2605.03229:
+            AdamW on the whole table with the gradient of all other rows set to zero.
+        select_every: "step" (all micro-batches together) or "micro" (each by itself, as in that paper's code).
+        betas: of adam.
+        eps: of adam.
+        weight_decay: decoupled; of chosen rows ("masked-adam": of the whole table) and of other parameters.
+        max_grad_norm: of the norm over chosen rows and other parameters; 0 or None: no clipping.
+        lr_other: learning rate of the other trainable parameters; None: `lr`.
+        seed: of the rule "random", and of the rounding of a bfloat16 table.
+        adapter: whose memory; None for the active one.
+
+    A model set to train="memory" (healing) trains its table by the rule "all".
+
+    Raises:
+        ConfigError, BackgroundError: at construction, naming what does not fit.
+        TrainingError: from `step`, when it would train nothing or something else than it says.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        background: Background | None = None,
+        *,
+        lr: float,
+        rows_per_step: int = 512,
+        rule: str | Rule = "kl",
+        reads: ReadsKind = "hits",
+        update: UpdateKind = "adam",
+        select_every: Literal["step", "micro"] = "step",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = 1.0,
+        lr_other: float | None = None,
+        seed: int = 0,
+        adapter: str | None = None,
+    ):
+        self.memories = memory_layers(model, adapter)
+        _check_memories(self.memories, adapter)
+        _check_rows_per_step(rows_per_step)
+        _check_names(reads=(reads, ("hits", "gradient")), update=(update, ("adam", "sgd", "masked-adam")))
+        _check_names(select_every=(select_every, ("step", "micro")))
+        _check_numbers(lr=lr, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm, lr_other=lr_other)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"betas must lie in [0, 1); got {betas!r}")
+        if any(memory.tensor("keys").requires_grad for memory in self.memories.values()):
+            _check_healing(rule, background)
+            rule = "all"
+        self.rule, self.background = rule, background
+        self._score = find_rule(rule)
+        _check_background(rule, background, self.memories)
+        every_row = max(memory.shape.n_rows for memory in self.memories.values())
+        self.rows_per_step = every_row if self._score is None else rows_per_step
+        self.reads_kind: ReadsKind = reads
+        self.update = update
+        self.select_every, self.max_grad_norm, self.seed = select_every, max_grad_norm, seed
+        self.steps = 0
+        self.last_step: StepReport | None = None
+
+        anchors = [memory.tensor("anchor") for memory in self.memories.values()]
+        self._anchor_ids = {id(anchor) for anchor in anchors}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in self._anchor_ids]
+        groups: list[dict[str, Any]] = [{"params": anchors, "lr": lr}]
+        if others:
+            groups.append({"params": others, "lr": lr if lr_other is None else lr_other})
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._other_adamw = torch.optim.AdamW(others, **options) if others else None
+        tables = [memory.values for memory in self.memories.values()]
+        self._table_adamw = torch.optim.AdamW(tables, **options) if update == "masked-adam" else None
+        self._moments = {layer: _moments(memory.values) for layer, memory in self.memories.items()}
+        for memory in self.memories.values():
+            memory.attach(self, _journal(memory, whole_table=update == "masked-adam"))
+        # GradScaler then tells `step` that it scaled the loss, so that the step can refuse: factors are never unscaled
+        self._step_supports_amp_scaling = True
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Reads -> rule -> rows -> their gradient -> clip -> update; the pending factors are used up."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_wrong_use()
+        factors = {layer: memory.take() for layer, memory in self.memories.items()}
+        report = StepReport(self.steps + 1, {}, {}, {}, 0.0)
+        grads = {layer: self._choose(layer, report, factors[layer]) for layer in self.memories}
+        if sum(report.reads.values()) == 0:
+            raise TrainingError(
+                "step() found no reads: call backward() on a loss of the model in training mode (model.train()) "
+                "before every step; zero_grad() drops what is pending"
+            )
+        report.grad_norm = self._clip(grads)
+        self.steps, self.last_step = report.step, report
+        self._update_rows(report.rows, grads)
+        if self._other_adamw is not None:
+            self._follow_schedule(self._other_adamw, self.param_groups[1])
+            self._other_adamw.step()
+        return loss
+
+    def _choose(self, layer: int, report: StepReport, factors: list[Factors]) -> Tensor:
+        """Choose the rows of one layer, note them in the report, and return their gradient `[t, D]`."""
+        memory = self.memories[layer]
+        micro = self.select_every == "micro"
+        if micro and not ranks.same_everywhere(len(factors)):
+            raise TrainingError('select_every="micro" needs equally many micro-batches on every rank')
+        groups = [[f] for f in factors] if micro else [factors]
+        rows_read, chosen, grads = [], [], []
+        report.reads[layer] = 0
+        for i, group in enumerate(groups):
+            reads = ranks.sum_reads(count_reads(group, self.reads_kind, memory.values.device))
+            report.reads[layer] += reads.hits
+            rows = reads.rows_R
+            if self._score is not None and len(rows) > 0:
+                generator = seeded("rule", self.seed, report.step, layer, i)
+                scores_R = score_rows(self._score, reads, layer, self.background, memory.shape.n_rows, generator)
+                rows = select_rows(reads, scores_R, self.rows_per_step)
+            rows_read.append(reads.rows_R)
+            chosen.append(rows)
+            grads.append(row_gradient(group, rows, memory.values))
+        device = memory.values.device
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        report.rows_read[layer] = len(torch.unique(torch.cat([empty, *rows_read])))
+        report.rows[layer] = rows = torch.unique(torch.cat([empty, *chosen]))
+        grad_tD = row_gradient([], rows, memory.values)
+        for ids, grad in zip(chosen, grads, strict=True):
+            grad_tD[find(rows, ids)[0]] += grad  # ids are unique within a group
+        ranks.mean_(grad_tD)
+        return grad_tD
+
+    def _clip(self, grads: dict[int, Tensor]) -> float:
+        """Scale all gradients by one factor; the norm is that of chosen rows and other parameters together."""
+        others = [p.grad for group in self.param_groups[1:] for p in group["params"] if p.grad is not None]
+        norm = torch.stack([g.norm().double().cpu() for g in [*grads.values(), *others]]).norm().item()
+        if norm != norm or norm == float("inf"):
+            raise TrainingError(
+                f"the gradient norm of step {self.steps + 1} is {norm}; no row was changed. Check the loss of this "
+                "batch, or lower the learning rate"
+            )
+        if self.max_grad_norm and norm > self.max_grad_norm:
+            for grad in [*grads.values(), *others]:
+                grad.mul_(self.max_grad_norm / (norm + 1e-6))
+        return norm
+
+    def _update_rows(self, rows: dict[int, Tensor], grads: dict[int, Tensor]) -> None:
+        for layer, memory in self.memories.items():
+            self._note_old_rows(memory, rows[layer])
+            if self._table_adamw is not None:
+                memory.values.grad = torch.zeros_like(memory.values)
+                memory.values.grad[rows[layer]] = grads[layer].to(memory.values.dtype)
+            else:
+                self._update_layer(layer, memory, rows[layer], grads[layer])
+        if self._table_adamw is not None:
+            self._follow_schedule(self._table_adamw, self.param_groups[0])
+            self._table_adamw.step()
+            self._table_adamw.zero_grad(set_to_none=True)
+
+    def _update_layer(self, layer: int, memory: ProductKeyMemory, rows_t: Tensor, grad_tD: Tensor) -> None:
+        group = self.param_groups[0]
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        change_tD = grad_tD
+        if self.update == "adam":
+            moments = self._moments[layer]
+            new = moments.missing(rows_t)
+            zeros = grad_tD.new_zeros(len(new), grad_tD.shape[1])
+            moments.add(new, exp_avg=zeros, exp_avg_sq=zeros, step=torch.zeros_like(new))
+            slots = moments.slots(rows_t)
+            step_t1 = moments.read("step", slots).unsqueeze(1) + 1  # the row's own count, for bias correction
+            m_tD = moments.read("exp_avg", slots).lerp_(grad_tD, 1 - beta1)
+            v_tD = moments.read("exp_avg_sq", slots).mul_(beta2).addcmul_(grad_tD, grad_tD, value=1 - beta2)
+            moments.write("step", slots, step_t1.squeeze(1))
+            moments.write("exp_avg", slots, m_tD)
+            moments.write("exp_avg_sq", slots, v_tD)
+            correction1, correction2 = 1 - beta1 ** step_t1.double(), 1 - beta2 ** step_t1.double()
+            change_tD = m_tD / correction1.to(m_tD.dtype) / ((v_tD / correction2.to(v_tD.dtype)).sqrt_() + group["eps"])
+        old_tD = memory.values[rows_t].to(grad_tD.dtype)
+        new_tD = old_tD * (1 - lr * group["weight_decay"]) - lr * change_tD
+        if memory.values.dtype == torch.bfloat16:
+            new_tD = round_to_bfloat16(new_tD, seeded("round", self.seed, self.steps, layer))
+        memory.values.index_copy_(0, rows_t, new_tD.to(memory.values.dtype))
+
+    # -- bookkeeping --------------------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and drop the reads and factors that are pending."""
+        super().zero_grad(set_to_none)
+        for memory in self.memories.values():
+            memory.drop()
+
+    def _note_old_rows(self, memory: ProductKeyMemory, rows_t: Tensor) -> None:
+        assert memory.journal is not None  # set by attach
+        if memory.journal.table is None:
+            new = memory.journal.rows.missing(rows_t)
+            memory.journal.rows.add(new, old=memory.values[new])
+
+    def _follow_schedule(self, inner: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+        for inner_group in inner.param_groups:
+            inner_group["lr"] = group["lr"]
+
+    def _refuse_wrong_use(self) -> None:
+        if hasattr(self, "found_inf"):
+            raise TrainingError(
+                "a GradScaler scaled the loss (fp16), but it cannot unscale the rows' gradient; train in bfloat16 "
+                "instead: TrainingArguments(bf16=True) or torch.autocast(..., dtype=torch.bfloat16) without a scaler"
+            )
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        for layer, memory in self.memories.items():
+            if not memory.belongs_to(self):
+                raise TrainingError("another SparseMemoryOptimizer was made for this model later; step that one")
+            trainable = [kind for kind in memory.kinds if memory.tensor(kind).requires_grad]
+            foreign = [kind for kind in trainable if id(memory.tensor(kind)) not in known]
+            if foreign or "anchor" not in trainable:
+                raise TrainingError(
+                    f"what trains at layer {layer} changed after the optimizer was made (now {trainable}); "
+                    "make a new SparseMemoryOptimizer after smf.set_train, set_adapter or loading an adapter"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-identical resume needs beside the model: tensors and plain values only."""
+        layers = {}
+        for layer, memory in self.memories.items():
+            assert memory.journal is not None
+            journal = memory.journal
+            layers[str(layer)] = {
+                "old_rows": journal.rows.state_dict(),
+                "old_others": {kind: tensor.clone() for kind, tensor in journal.others.items()},
+                "old_table": journal.table,
+                "moments": self._moments[layer].state_dict(),
+            }
+        inner = {"others": self._other_adamw, "tables": self._table_adamw}
+        return super().state_dict() | {
+            "sparse_memory": {
+                "steps": self.steps,
+                "update": self.update,
+                "layers": layers,
+                "inner": {name: adamw.state_dict() for name, adamw in inner.items() if adamw is not None},
+            }
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict` of an optimizer made with the same model and options."""
+        mine = state_dict.get("sparse_memory")
+        if mine is None:
+            raise ConfigError("this is not the state of a SparseMemoryOptimizer")
+        layers = [str(layer) for layer in self.memories]
+        if mine["update"] != self.update or list(mine["layers"]) != layers:
+            raise ConfigError(
+                f"the state is of update={mine['update']!r} at layers {list(mine['layers'])}; "
+                f"this optimizer has update={self.update!r} at layers {layers}"
+            )
+        super().load_state_dict(state_dict)
+        self.steps = mine["steps"]
+        for layer, memory in self.memories.items():
+            state = mine["layers"][str(layer)]
+            assert memory.journal is not None
+            memory.journal.rows.load_state_dict(state["old_rows"])
+            memory.journal.others = {k: v.to(memory.tensor(k)) for k, v in state["old_others"].items()}
+            memory.journal.table = None if state["old_table"] is None else state["old_table"].to(memory.values)
+            self._moments[layer].load_state_dict(state["moments"])
+        for name, adamw in (("others", self._other_adamw), ("tables", self._table_adamw)):
+            if adamw is not None:
+                adamw.load_state_dict(mine["inner"][name])
+
+
+def round_to_bfloat16(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 to bfloat16 up or down at random so that the expected value is `x` (stochastic rounding)."""
+    noise = torch.randint(0, 2**16, x.shape, generator=generator, dtype=torch.int32).to(x.device)
+    return ((x.float().view(torch.int32) + noise) & -(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+def _moments(values_ND: Tensor) -> RowStore:
+    dtype = torch.promote_types(values_ND.dtype, torch.float32)
+    rows = torch.empty(0, values_ND.shape[1], dtype=dtype, device=values_ND.device)
+    return RowStore(exp_avg=rows, exp_avg_sq=rows, step=torch.empty(0, dtype=torch.int64, device=values_ND.device))
+
+
+def _journal(memory: ProductKeyMemory, *, whole_table: bool) -> Journal:
+    others = {kind: tensor.detach().clone() for kind, tensor in memory.others().items()}
+    table = memory.values.detach().clone() if whole_table else None
+    return Journal(RowStore(old=memory.values.detach()[:0]), others, table)
+
+
+# -- refusals at construction -----------------------------------------------------------------------------------------
+
+
+def _check_memories(memories: dict[int, ProductKeyMemory], adapter: str | None) -> None:
+    if not memories:
+        raise ConfigError(
+            "the model has no memory layers; attach them first: get_peft_model(model, SparseMemoryConfig())"
+        )
+    if not all(memory.trainable for memory in memories.values()):
+        raise ConfigError(
+            f"the memory of adapter {next(iter(memories.values())).adapter!r} is frozen; load it with "
+            "PeftModel.from_pretrained(..., is_trainable=True), or make it the active adapter with set_adapter"
+        )
+
+
+def _check_rows_per_step(rows_per_step: object) -> None:
+    if isinstance(rows_per_step, bool) or not isinstance(rows_per_step, int) or rows_per_step < 1:
+        raise ConfigError(f"rows_per_step must be a whole number of at least 1; got {rows_per_step!r}")
+
+
+def _check_names(**options: tuple[str, tuple[str, ...]]) -> None:
+    for name, (value, allowed) in options.items():
+        if value not in allowed:
+            raise ConfigError(f"{name}={value!r} is not known; use one of {list(allowed)}")
+
+
+def _check_numbers(**numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and not 0 <= number < float("inf"):
+            raise ConfigError(f"{name} must be a finite number of at least 0; got {number!r}")
+
+
+def _check_healing(rule: str | Rule, background: Background | None) -> None:
+    if background is not None or rule not in ("all", "kl"):
+        raise ConfigError(
+            f'the model is set to train="memory" (healing), which trains its table by rule="all" without a background; '
+            f'got rule={rule!r}. To train rows, call smf.set_train(model, "rows") first'
+        )
+
+
+def _check_background(rule: str | Rule, background: Background | None, memories: dict[int, ProductKeyMemory]) -> None:
+    if background is None:
+        if rule in NEED_BACKGROUND:
+            raise BackgroundError(
+                f"rule={rule!r} weighs the step's reads against general text and needs a background: pass "
+                'smf.read_background(model, texts, tokenizer=tokenizer), or use rule="tf", "random" or "all"'
+            )
+        return
+    if not isinstance(background, Background):
+        raise BackgroundError(
+            f"background must come from smf.read_background or Background.load; got {type(background).__name__}"
+        )
+    if background.identity != background_identity(memories):
+        raise BackgroundError(
+            f"the background belongs to another base, config, query or keys than this model: it is of layers "
+            f"{list(background.layers)}, identity {background.identity[:12]}; the model has layers {list(memories)}. "
+            "Read it again with this model"
+        )

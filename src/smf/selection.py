@@ -1,0 +1,130 @@
+"""Which rows a step updates: how often each was read, how often general text reads it, and a rule that scores it.
+
+Rules follow arXiv 2605.03229 (kl) and arXiv 2510.15103 (tfidf). Shape letters: R rows read, N rows of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .background import Background
+from .errors import ConfigError
+from .memory import Factors
+
+Rule = Callable[..., Tensor]
+ReadsKind = Literal["hits", "gradient"]
+EPSILON = 1e-8  # of the papers' kl score
+
+
+# -- rules ------------------------------------------------------------------------------------------------------------
+
+
+def _share(c_R: Tensor) -> Tensor:
+    return c_R / c_R.sum().clamp_min(torch.finfo(c_R.dtype).tiny)  # gradient reads may all be zero
+
+
+def kl(c_R: Tensor, b_R: Tensor, df_R: Tensor, *, b_total: int, n_docs: int, generator: torch.Generator) -> Tensor:
+    """`p log((p + e) / (q + e))`: the row's term of KL(step || background) (arXiv 2605.03229)."""
+    p_R, q_R = _share(c_R), (b_R + 1) / b_total
+    return p_R * torch.log((p_R + EPSILON) / (q_R + EPSILON))
+
+
+def tfidf(c_R: Tensor, b_R: Tensor, df_R: Tensor, *, b_total: int, n_docs: int, generator: torch.Generator) -> Tensor:
+    """`p log((B + 1) / (df + 1))` over B background documents (arXiv 2510.15103)."""
+    return _share(c_R) * torch.log((n_docs + 1) / (df_R + 1))
+
+
+def tf(c_R: Tensor, b_R: Tensor, df_R: Tensor, *, b_total: int, n_docs: int, generator: torch.Generator) -> Tensor:
+    """`p`: the most read rows, whatever general text reads (a control)."""
+    return _share(c_R)
+
+
+def random(c_R: Tensor, b_R: Tensor, df_R: Tensor, *, b_total: int, n_docs: int, generator: torch.Generator) -> Tensor:
+    """Uniform over the rows read (a control)."""
+    return torch.rand(len(c_R), generator=generator, dtype=torch.float64).to(c_R.device)
+
+
+RULES: dict[str, Rule] = {"kl": kl, "tfidf": tfidf, "tf": tf, "random": random}
+NEED_BACKGROUND = ("kl", "tfidf")
+
+
+def find_rule(rule: str | Rule) -> Rule | None:
+    """The function of a rule's name, a user's own function as it is, or None for `all`."""
+    if callable(rule):
+        return rule
+    if rule == "all":
+        return None
+    if rule not in RULES:
+        raise ConfigError(f"rule={rule!r} is not known; use one of {[*RULES, 'all']} or a function like smf.rules.kl")
+    return RULES[rule]
+
+
+# -- reads ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reads:
+    """Reads of one layer: `rows_R` ascending, `c_R` in float64 (hits, or gradient mass), and the number of hits."""
+
+    rows_R: Tensor
+    c_R: Tensor
+    hits: int
+
+
+def count_reads(factors: list[Factors], kind: ReadsKind, device: torch.device) -> Reads:
+    """Count the reads of some backward passes; pads never count.
+
+    Args:
+        factors: of one layer.
+        kind: "hits" counts 1 a read; "gradient" counts `w * ||dL/do||`, the size of what the read adds to the row's
+            gradient.
+        device: where the counts live, needed when there are no factors.
+    """
+    ids, amounts = [], []
+    for f in factors:
+        token_T = slice(None) if f.mask_T is None else f.mask_T
+        ids.append(f.idx_TR[token_T].flatten())
+        if kind == "gradient":
+            amounts.append((f.w_TR * f.g_TD.norm(dim=-1, keepdim=True))[token_T].flatten().double())
+    if not ids:
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        return Reads(empty, empty.double(), 0)
+    flat = torch.cat(ids)
+    rows_R, inverse = torch.unique(flat, return_inverse=True)
+    if kind == "hits":
+        c_R = torch.bincount(inverse, minlength=len(rows_R)).double()
+    else:
+        c_R = torch.zeros(len(rows_R), dtype=torch.float64, device=flat.device)
+        c_R.index_add_(0, inverse, torch.cat(amounts))
+    return Reads(rows_R.long(), c_R, len(flat))
+
+
+def select_rows(reads: Reads, scores_R: Tensor, t: int) -> Tensor:
+    """The `t` best rows by score, ascending by id; ties go to the lower id, negative scores are eligible."""
+    order_R = torch.sort(scores_R, descending=True, stable=True).indices  # stable: equal scores stay ascending by id
+    return reads.rows_R[order_R[:t]].sort().values
+
+
+def score_rows(
+    rule: Rule, reads: Reads, layer: int, background: Background | None, n_rows: int, generator: torch.Generator
+) -> Tensor:
+    """Scores `[R]` of the rows read; without a background every row counts as never read by general text."""
+    device = reads.c_R.device
+    if background is None:
+        b_R = df_R = torch.zeros_like(reads.c_R)
+        b_total, n_docs = n_rows, 0
+    else:
+        b_R, df_R = background.at(layer, reads.rows_R)
+        b_total, n_docs = background.layers[layer].total + n_rows, background.n_docs
+    scores_R = rule(reads.c_R, b_R, df_R, b_total=b_total, n_docs=n_docs, generator=generator)
+    if not isinstance(scores_R, Tensor) or scores_R.shape != reads.c_R.shape:
+        got = tuple(scores_R.shape) if isinstance(scores_R, Tensor) else type(scores_R).__name__
+        raise ConfigError(f"the rule returned {got}; it must return one score for each of {len(reads.c_R)} rows read")
+    if bool(scores_R.isnan().any()):
+        raise ConfigError(f"the rule returned NaN for {int(scores_R.isnan().sum())} of {len(scores_R)} rows")
+    return scores_R.to(device)
