@@ -32,7 +32,7 @@ def _register_type(name: str) -> PeftType:
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
         member.__objclass__ = PeftType  # type: ignore[attr-defined]
-        member._sort_order_ = len(PeftType._member_names_)
+        member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
         PeftType._member_names_.append(name)
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member
@@ -128,7 +128,7 @@ def _checked_layers(layers: Sequence[int]) -> list[int]:
     return sorted(layers)
 
 
-class SparseMemoryLayer(MemoryHost, BaseTunerLayer):
+class SparseMemoryLayer(MemoryHost, BaseTunerLayer):  # type: ignore[override]
     """A decoder layer's MLP with the memories of its adapters.
 
     Parameters lie flat as `sparse_memory_<kind>.<adapter>`: the one layout that PEFT's and transformers' loaders both
@@ -156,7 +156,7 @@ class SparseMemoryLayer(MemoryHost, BaseTunerLayer):
         device = like.device if like.device.type != "meta" else torch.device("cpu")
         for kind, tensor in shape.start().items():
             self._kind(kind)[adapter] = nn.Parameter(tensor.to(device), requires_grad=False)
-        parameters = {kind: self._kind(kind) for kind in KINDS}
+        parameters: Any = {kind: self._kind(kind) for kind in KINDS}
         self.memories[adapter] = ProductKeyMemory(shape, parameters, adapter, config.base_hash)
         self._configs[adapter] = config
 
