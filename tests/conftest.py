@@ -55,6 +55,25 @@ def batch(rows: int = 4, length: int = 16, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
+@torch.no_grad()
+def logits(model: torch.nn.Module, seed: int = 7) -> Tensor:
+    """Logits of a fixed batch, in evaluation mode."""
+    model.eval()
+    return model(input_ids=batch(2, 12, seed)["input_ids"]).logits
+
+
+def train(model: torch.nn.Module, steps: int = 2, seed: int = 0, **options: object) -> smf.SparseMemoryOptimizer:
+    """A few steps of a plain loop; ends in evaluation mode and returns the optimizer."""
+    optimizer = smf.SparseMemoryOptimizer(model, **(dict(lr=1e-2, rule="tf", rows_per_step=8) | options))
+    model.train()
+    for i in range(steps):
+        model(**batch(seed=seed + i)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    return optimizer
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of real data and models; skips where it is absent."""

@@ -222,20 +222,30 @@ class TokenMask:
         self._position = list(inspect.signature(decoder.forward).parameters).index("attention_mask")
         self._masks: list[Any] = []
         self._recording = False  # the decoder runs with gradients enabled
-        self._waiting = False  # a checkpointed layer ran without gradients, and will run again in the backward pass
+        self._backward = -1  # the backward pass that the decoder runs in; -1: none
+        self._reentrant = False  # a checkpointed layer ran without gradients, and will run again in the backward pass
+        self._again = False  # it has
         self.handle = decoder.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        mask = args[self._position] if len(args) > self._position else kwargs.get("attention_mask")
         self._recording = torch.is_grad_enabled()
-        self._masks = [*self._masks, mask] if self._waiting and self._recording else [mask]
+        if not self._recording:
+            return  # nothing is counted, and an earlier pass may still wait for its backward pass
+        mask = args[self._position] if len(args) > self._position else kwargs.get("attention_mask")
+        waiting = self._reentrant and not self._again
+        self._masks = [*self._masks, mask] if waiting else [mask]
+        self._reentrant, self._again, self._backward = waiting, False, torch._C._current_graph_task_id()
 
     def flat(self, x: Tensor) -> Tensor | None:
-        """The mask `[T]` (bool) of hidden states `[..., D]`, or None where every token is real."""
+        """The mask `[T]` (bool) of hidden states `[..., D]`; None where all tokens are real, or no read will count."""
         if not torch.is_grad_enabled():
-            self._waiting = self._recording
-        elif self._waiting:  # the second run under checkpointing with use_reentrant=True: whose mask is it?
-            self._waiting = False
+            if not self._recording:
+                return None
+            self._reentrant = True
+        elif torch._C._current_graph_task_id() != self._backward:  # a checkpointed layer runs again
+            if not self._reentrant:
+                return None  # use_reentrant=False: the first run's reads count, with its own mask
+            self._again = True
             if any(not _equal(mask, self._masks[-1]) for mask in self._masks):
                 raise TrainingError(
                     "two forward passes with different attention masks before one backward pass: with "
@@ -265,15 +275,17 @@ class SparseMemoryModel(BaseTuner):
     tuner_layer_cls = SparseMemoryLayer
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
-        refuse_base(model)
-        configs = getattr(model, "peft_config", None)  # PEFT adds to it before it injects
+        configs: Any = getattr(model, "peft_config", None)  # PEFT adds to it before it injects
         before = dict(configs or {})
         try:
+            refuse_base(model)
             super().__init__(model, *args, **kwargs)
         except SmfError:
             if configs is not None:
                 configs.clear()
                 configs.update(before)
+            elif getattr(model, "_hf_peft_config_loaded", False):
+                model._hf_peft_config_loaded = False  # transformers' add_adapter sets it before it calls PEFT
             raise
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -282,6 +294,9 @@ class SparseMemoryModel(BaseTuner):
         config: Any = copy.copy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         decoder = find_decoder(model)
+        taken = [m.layer for m in model.modules() if isinstance(m, SparseMemoryLayer) and adapter_name in m.memories]
+        if taken:
+            raise ConfigError(f"adapter {adapter_name!r} has memory at layers {taken} already; choose another name")
         fresh = config.base_hash is None
         if config.layers is None:
             config.layers = default_layers(len(decoder.blocks))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -160,10 +161,19 @@ def refuse_base(model: nn.Module) -> None:
             "tp_plan and use data parallelism (torchrun with DDP)"
         )
     foreign = sorted(
-        {type(m).__name__ for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, MemoryHost)}
+        {
+            f"{type(m).__module__}.{type(m).__name__}"
+            for m in model.modules()
+            if isinstance(m, BaseTunerLayer) and not isinstance(m, MemoryHost)
+        }
     )
     if foreign:
         raise UnsupportedModelError(
             f"another PEFT adapter is already attached ({', '.join(foreign)}); merge or unload it first "
             "(model = peft_model.merge_and_unload()), then attach the memory to the plain base"
+        )
+    if isinstance(model, PeftModel):
+        raise UnsupportedModelError(
+            f"the model is a {type(model).__name__} already, with adapters {list(model.peft_config)}; "
+            "model.add_adapter(name, config) adds a memory beside another, model.unload() gives the plain base back"
         )

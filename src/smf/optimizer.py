@@ -5,6 +5,7 @@ Shape letters: R rows read, t rows chosen in a layer, D model width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -121,8 +122,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         _check_names(reads=(reads, ("hits", "gradient")), update=(update, ("adam", "sgd", "masked-adam")))
         _check_names(select_every=(select_every, ("step", "micro")))
         _check_numbers(lr=lr, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm, lr_other=lr_other)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(f"betas must lie in [0, 1); got {betas!r}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"betas must be two numbers in [0, 1); got {betas!r}")
         if any(memory.tensor("keys").requires_grad for memory in self.memories.values()):
             _check_healing(rule, background)
             rule = "all"
@@ -137,6 +138,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         self.steps = 0
         self.last_step: StepReport | None = None
 
+        self._trained = {layer: _trained_ids(memory) for layer, memory in self.memories.items()}
         anchors = [memory.tensor("anchor") for memory in self.memories.values()]
         self._anchor_ids = {id(anchor) for anchor in anchors}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in self._anchor_ids]
@@ -192,6 +194,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         for i, group in enumerate(groups):
             reads = ranks.sum_reads(count_reads(group, self.reads_kind, memory.values.device))
             report.reads[layer] += reads.hits
+            if not bool(reads.c_R.isfinite().all()):
+                raise TrainingError(self._not_finite("a gradient"))
             rows = reads.rows_R
             if self._score is not None and len(rows) > 0:
                 generator = seeded("rule", self.seed, report.step, layer, i)
@@ -210,15 +214,18 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         ranks.mean_(grad_tD)
         return grad_tD
 
+    def _not_finite(self, what: str) -> str:
+        return (
+            f"{what} of step {self.steps + 1} is not finite; no row was changed. Check the loss of this batch, or "
+            "lower the learning rate"
+        )
+
     def _clip(self, grads: dict[int, Tensor]) -> float:
         """Scale all gradients by one factor; the norm is that of chosen rows and other parameters together."""
         others = [p.grad for group in self.param_groups[1:] for p in group["params"] if p.grad is not None]
         norm = torch.stack([g.norm().double().cpu() for g in [*grads.values(), *others]]).norm().item()
         if norm != norm or norm == float("inf"):
-            raise TrainingError(
-                f"the gradient norm of step {self.steps + 1} is {norm}; no row was changed. Check the loss of this "
-                "batch, or lower the learning rate"
-            )
+            raise TrainingError(self._not_finite("the gradient norm"))
         if self.max_grad_norm and norm > self.max_grad_norm:
             for grad in [*grads.values(), *others]:
                 grad.mul_(self.max_grad_norm / (norm + 1e-6))
@@ -277,7 +284,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
 
     def _follow_schedule(self, inner: torch.optim.Optimizer, group: dict[str, Any]) -> None:
         for inner_group in inner.param_groups:
-            inner_group["lr"] = group["lr"]
+            inner_group.update({name: value for name, value in group.items() if name != "params"})
 
     def _refuse_wrong_use(self) -> None:
         if hasattr(self, "found_inf"):
@@ -285,15 +292,13 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
                 "a GradScaler scaled the loss (fp16), but it cannot unscale the rows' gradient; train in bfloat16 "
                 "instead: TrainingArguments(bf16=True) or torch.autocast(..., dtype=torch.bfloat16) without a scaler"
             )
-        known = {id(p) for group in self.param_groups for p in group["params"]}
         for layer, memory in self.memories.items():
             if not memory.belongs_to(self):
                 raise TrainingError("another SparseMemoryOptimizer was made for this model later; step that one")
-            trainable = [kind for kind in memory.kinds if memory.tensor(kind).requires_grad]
-            foreign = [kind for kind in trainable if id(memory.tensor(kind)) not in known]
-            if foreign or "anchor" not in trainable:
+            if _trained_ids(memory) != self._trained[layer]:
+                now = [kind for kind in memory.kinds if memory.tensor(kind).requires_grad]
                 raise TrainingError(
-                    f"what trains at layer {layer} changed after the optimizer was made (now {trainable}); "
+                    f"what trains at layer {layer} changed after the optimizer was made (now {now}); "
                     "make a new SparseMemoryOptimizer after smf.set_train, set_adapter or loading an adapter"
                 )
 
@@ -341,13 +346,18 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             self._moments[layer].load_state_dict(state["moments"])
         for name, adamw in (("others", self._other_adamw), ("tables", self._table_adamw)):
             if adamw is not None:
-                adamw.load_state_dict(mine["inner"][name])
+                adamw.load_state_dict(copy.deepcopy(mine["inner"][name]))  # torch would share its tensors
 
 
 def round_to_bfloat16(x: Tensor, generator: torch.Generator) -> Tensor:
     """Round float32 to bfloat16 up or down at random so that the expected value is `x` (stochastic rounding)."""
     noise = torch.randint(0, 2**16, x.shape, generator=generator, dtype=torch.int32).to(x.device)
     return ((x.float().view(torch.int32) + noise) & -(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+def _trained_ids(memory: ProductKeyMemory) -> set[int]:
+    """Which parameters of a memory train; replaced ones differ, since the optimizer keeps the old ones alive."""
+    return {id(tensor) for tensor in map(memory.tensor, memory.kinds) if tensor.requires_grad}
 
 
 def _moments(values_ND: Tensor) -> RowStore:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapter import SparseMemoryConfig
 from .errors import ConfigError, PatchError
 from .files import write_atomically
-from .fingerprint import base_hash, tensor_bytes, tensors_hash
+from .fingerprint import base_hash, json_hash, tensor_bytes, tensors_hash
 from .memory import MemoryShape, ProductKeyMemory, memory_layers
 
 FORMAT = 1
@@ -115,13 +115,14 @@ def save_patch(model: nn.Module, path: str | Path, *, adapter: str | None = None
         "width": next(iter(memories.values())).shape.d,
         "dtype": str(next(iter(memories.values())).shape.dtype),
         "layers": layers,
-        "checksum": tensors_hash(tensors),
+        "tensors": tensors_hash(tensors),
         "metadata": metadata,
     }
     try:
-        text = json.dumps(header, sort_keys=True)
-    except TypeError as error:
+        header = json.loads(json.dumps(header, allow_nan=False))  # as it will be read back
+    except (TypeError, ValueError) as error:
         raise PatchError(f"metadata must be JSON values: {error}") from error
+    text = json.dumps(header | {"checksum": json_hash(header)}, sort_keys=True)
     tensors = {key: tensor.contiguous() for key, tensor in sorted(tensors.items())}
     write_atomically(Path(path), save(tensors, metadata={"smf_patch": text}))
     return load_patch(path)
@@ -141,18 +142,19 @@ def load_patch(path: str | Path) -> Patch:
         raise PatchError(f"{path} is a safetensors file, but not a patch of smf")
     if header.get("format") != FORMAT:
         raise PatchError(f"{path} has patch format {header.get('format')}; this version reads {FORMAT}; update smf")
-    if header.get("checksum") != tensors_hash(tensors):
-        raise PatchError(f"{path} was altered: its tensors do not match its checksum")
+    about = {key: value for key, value in header.items() if key != "checksum"}
+    if header.get("checksum") != json_hash(about) or header.get("tensors") != tensors_hash(tensors):
+        raise PatchError(f"{path} was altered: its content does not match its checksum")
     try:
         return _patch(header, tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PatchError(f"{path} is not a valid patch: {error}") from error
 
 
 def _patch(header: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
     config = _config(header)
     patch = Patch({}, {}, {}, {}, {}, header)
-    for key, about in header["layers"].items():
+    for key, about in sorted(header["layers"].items(), key=lambda item: int(item[0])):
         layer = int(key)
         shape = config.shape(layer, header["width"], DTYPES[header["dtype"]])
         rows, new = tensors[f"{key}.ids"], tensors[f"{key}.new"]
@@ -163,8 +165,11 @@ def _patch(header: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
             old, old_others = start["values"][rows], {kind: start[kind] for kind in others}
         else:
             old, old_others = tensors[f"{key}.old"], {kind: tensors[f"{key}.{kind}.old"] for kind in others}
-        if old.shape != new.shape or old.dtype != new.dtype:
+        if _layout(old) != _layout(new):
             raise PatchError(f"layer {layer}: old rows {tuple(old.shape)} do not match new rows {tuple(new.shape)}")
+        for kind, tensor in others.items():
+            if _layout(tensor) != _layout(old_others[kind]) or not bool(tensor.isfinite().all()):
+                raise PatchError(f"layer {layer}: the new {kind} must be finite and like the old one")
         patch.rows[layer], patch.old[layer], patch.new[layer] = rows, old, new
         patch.old_others[layer], patch.new_others[layer] = old_others, others
     return patch
@@ -204,9 +209,13 @@ def _changes(memory: ProductKeyMemory, start: dict[str, Tensor]) -> tuple[Tensor
     return ids[changed], old[changed], new[changed], {kind: before[kind] for kind in others}, others
 
 
+def _layout(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return tensor.dtype, tensor.shape
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     """Equal to the last bit."""
-    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a) == tensor_bytes(b)
+    return _layout(a) == _layout(b) and tensor_bytes(a) == tensor_bytes(b)
 
 
 def _same_rows(a_RD: Tensor, b_RD: Tensor) -> Tensor:
@@ -237,7 +246,7 @@ def _fitting_memories(
         memories = memory_layers(model, adapter)
     except ConfigError as error:
         raise PatchError(f"cannot {verb}: {error}") from error
-    wanted = [int(layer) for layer in header["layers"]]
+    wanted = sorted(int(layer) for layer in header["layers"])
     if list(memories) != wanted:
         raise PatchError(
             f"cannot {verb}: the patch is for memory at layers {wanted}, the model has some at {list(memories)}; "

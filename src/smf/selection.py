@@ -60,7 +60,9 @@ def find_rule(rule: str | Rule) -> Rule | None:
     if rule == "all":
         return None
     if rule not in RULES:
-        raise ConfigError(f"rule={rule!r} is not known; use one of {[*RULES, 'all']} or a function like smf.rules.kl")
+        raise ConfigError(
+            f"rule={rule!r} is not known; use one of {[*RULES, 'all']} or a function like smf.selection.kl"
+        )
     return RULES[rule]
 
 

@@ -1,0 +1,154 @@
+"""Rows from a local file or the hub, and examples with a response mask made of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .background import pad_right
+from .errors import DataError
+from .recipe import Source
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one sequence, and where the answer begins.
+
+    Args:
+        id: names the row it came from, in messages and records.
+        ids: tokens.
+        start: the first token that is learned or scored; the tokens before it are the prompt.
+    """
+
+    id: str
+    ids: list[int]
+    start: int
+
+
+def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Sequence[str]) -> list[Row]:
+    """Rows of a source, in the order of its file.
+
+    Args:
+        source: which file or data set, and which of its rows.
+        data: the folder that `source.path` is below, or "hub".
+        parts: shares by name, for `source.part`.
+        need: columns that every row must have.
+
+    Raises:
+        DataError: naming file, column or row.
+    """
+    import datasets
+
+    if data == "hub":
+        if not source.hub:
+            raise DataError(f"the source {source.path!r} names no hub data set; give --data a folder that has the file")
+        where = f"{source.hub} ({source.split})"
+        rows = datasets.load_dataset(source.hub, source.config or None, split=source.split, revision=source.revision)
+    else:
+        file = Path(data) / source.path
+        where = str(file)
+        if not source.path or not file.is_file():
+            raise DataError(f"no data file at {file}; --data must be the folder that has {source.path!r}, or hub")
+        try:
+            rows = datasets.load_dataset("json", data_files=str(file), split="train")
+        except Exception as error:  # datasets wraps many parsers' errors
+            raise DataError(f"{file} cannot be read as JSON lines: {error.__cause__ or error}") from error
+    columns = rows.column_names or []
+    missing = [column for column in need if column not in columns]
+    if missing:
+        raise DataError(f"{where} has no column {missing[0]!r}; its columns are {columns}")
+    chosen: list[Row] = [dict(row) for row in rows]  # type: ignore[arg-type]
+    if source.part:
+        chosen = [row for row in chosen if part_of(row[source.column], parts, where) == source.part]
+    chosen = chosen[: source.limit] if source.limit else chosen
+    if not chosen:
+        raise DataError(f"{where} has no rows{f' in part {source.part!r}' if source.part else ''}")
+    return chosen
+
+
+def part_of(text: str, parts: Mapping[str, float], where: str = "") -> str:
+    """The part that the hash of a text puts it into; equal texts, up to outer white space, share their part."""
+    if not parts:
+        raise DataError(f"{where}: a source names a part, but the recipe has no [parts] table of shares")
+    position = int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big") / 2**64
+    for name, share in parts.items():
+        position -= share
+        if position < 0:
+            return name
+    return ""  # shares add up to less than 1: the rest is not used
+
+
+def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int, *, end: bool) -> Example:
+    """Tokens of prompt and response together; the response begins where the prompt's own tokens end.
+
+    Args:
+        tokenizer: of the base.
+        id: names the row.
+        prompt, response: texts; the response keeps its leading blank.
+        max_length: tokens kept.
+        end: whether an end-of-sequence token follows, where the tokenizer has one.
+    """
+    start = len(tokenizer(prompt)["input_ids"]) if prompt else 0
+    ids = list(tokenizer(prompt + response)["input_ids"])
+    if end and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return Example(id, ids[:max_length], start)
+
+
+def keep_answered(examples: Sequence[Example], too_long: str, max_length: int) -> list[Example]:
+    """The examples whose answer was not cut away; with too_long="error" one that was raises DataError."""
+    cut = [example for example in examples if example.start >= len(example.ids)]
+    if cut and too_long == "error":
+        raise DataError(
+            f"the answer of row {cut[0].id} and of {len(cut) - 1} others is cut away: its prompt has {cut[0].start} "
+            f'tokens, max_length is {max_length}. Raise max_length, or set too_long = "drop"'
+        )
+    kept = [example for example in examples if example.start < len(example.ids)]
+    if not kept:
+        raise DataError(f"no example is left: every answer is cut away at max_length = {max_length}")
+    return kept
+
+
+def in_order(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """`count` examples in the order that every method trains on: one permutation a pass, drawn from the seed."""
+    ordered: list[Example] = []
+    epoch = 0
+    while len(ordered) < count:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        ordered += [examples[i] for i in torch.randperm(len(examples), generator=generator).tolist()]
+        epoch += 1
+    return ordered[:count]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Batches of examples: right-padded tokens, and labels where a token is learned.
+
+    Args:
+        pad: id of the padding token.
+        loss: "answer" (from each example's start) or "full".
+    """
+
+    pad: int
+    loss: str
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` and `labels` `[B, S]`; the first token is never a label."""
+        batch = pad_right([example.ids for example in examples], self.pad)
+        starts = torch.tensor([max(1, e.start if self.loss == "answer" else 1) for e in examples])
+        position = torch.arange(batch["input_ids"].shape[1])
+        learned = batch["attention_mask"].bool() & (position >= starts[:, None])
+        return batch | {"labels": batch["input_ids"].masked_fill(~learned, -100)}
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The padding token's id; any id where there is none, since pads are masked."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -1,0 +1,387 @@
+"""One run of one method: the same examples, order and loss for all, on Hugging Face's Trainer, resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from . import methods
+from .data import Collator, Example, encode, in_order, keep_answered, load_rows, pad_id
+from .decoder import default_layers, find_decoder
+from .errors import ConfigError, DataError
+from .evaluate import ScoredSets, probe_examples, score, token_loss
+from .files import write_atomically, write_json
+from .optimizer import SparseMemoryOptimizer
+from .patch import load_patch
+from .recipe import Method, Recipe, Source, to_toml
+from .tasks import find_task
+
+COMPLETE = "smf_complete.json"  # written into a checkpoint after everything else: what has it can be resumed from
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Everything a recipe reads, checked; the base's weights are loaded later."""
+
+    tokenizer: Any
+    train: list[Example]
+    scored: ScoredSets
+    background: list[str]
+    healing: list[Example]
+
+
+# -- before training --------------------------------------------------------------------------------------------------
+
+
+def load(recipe: Recipe) -> Loaded:
+    """Load and check all that the recipe names, but for the base's weights; raises before hours of work."""
+    check_output(Path(recipe.output))
+    check_models(recipe)
+    tokenizer = load_tokenizer(recipe)
+    task = find_task(recipe.target.task)
+    if not hasattr(task, "response"):
+        raise ConfigError(f"task {recipe.target.task!r} can be a probe, but not a target: it has no answers to learn")
+    length = recipe.train.max_length
+
+    def target_rows(source: Source) -> list[Any]:
+        rows = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
+        return task.select(rows, source.path or source.hub)
+
+    def answered(rows: list[Any], *, explanation: bool) -> list[Example]:
+        texts = [(str(row["id"]), task.prompt(row), task.response(row, explanation=explanation)) for row in rows]
+        examples = [encode(tokenizer, *text, length, end=True) for text in texts]
+        return keep_answered(examples, recipe.train.too_long, length)
+
+    eval_rows = target_rows(recipe.target.eval)
+    train = answered(target_rows(recipe.target.train), explanation=recipe.target.explanation)
+    overlap = {e.id for e in train} & {str(row["id"]) for row in eval_rows}
+    if overlap:
+        raise DataError(f"{len(overlap)} rows are both trained and scored, such as id {min(overlap)!r}")
+    scored = ScoredSets(
+        target_examples=answered(eval_rows, explanation=False),
+        target_rows=eval_rows,
+        probes={name: probe_examples(recipe, name, probe, tokenizer) for name, probe in recipe.probes.items()},
+    )
+    background = [] if recipe.background is None else _texts(recipe, recipe.background.source)
+    healing: list[Example] = []
+    if recipe.heal is not None and any(method.heal for method in recipe.methods.values()):
+        source = recipe.heal.source
+        rows = load_rows(source, recipe.data, recipe.parts, [source.column])
+        healing = find_task("perplexity").examples(rows, source.column, tokenizer, length)
+    return Loaded(tokenizer, train, scored, background, healing)
+
+
+def _texts(recipe: Recipe, source: Source) -> list[str]:
+    rows = load_rows(source, recipe.data, recipe.parts, [source.column])
+    return [row[source.column] for row in rows if row[source.column].strip()]
+
+
+def check_output(folder: Path) -> None:
+    """Refuse an output folder that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".smf_writable", "")
+        (folder / ".smf_writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"output = {str(folder)!r} cannot be written: {error}; give another --output") from error
+
+
+def check_models(recipe: Recipe) -> None:
+    """Refuse memory options that do not fit the base, looking at its config only."""
+    config = _from_base(AutoConfig, recipe)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        skeleton = AutoModelForCausalLM.from_config(config)
+    for method in recipe.methods.values():
+        if method.kind == "smf":
+            memory = methods.memory_config(method.memory or recipe.memory, recipe.seed, method.train)
+            decoder = find_decoder(skeleton)
+            layers = memory.layers or default_layers(len(decoder.blocks))
+            decoder.mlp_names(layers, replace=memory.mode == "replacement")
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The base's tokenizer."""
+    return _from_base(AutoTokenizer, recipe)
+
+
+def load_base(recipe: Recipe) -> Any:
+    """The base in evaluation mode, on the GPU where there is one."""
+    model = _from_base(AutoModelForCausalLM, recipe, dtype=getattr(torch, recipe.dtype))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _from_base(loader: Any, recipe: Recipe, **options: Any) -> Any:
+    if not recipe.base:
+        raise ConfigError("the recipe names no base; give --base a model folder or a hub name")
+    try:
+        return loader.from_pretrained(recipe.base, revision=recipe.revision, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base = {recipe.base!r} cannot be loaded as a causal language model: {error}") from error
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def mean_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy summed over labels and divided by the labels of the whole step, over all its micro-batches."""
+    count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return token_loss(outputs.logits, labels).sum() / count
+
+
+class RunTrainer(Trainer):
+    """Trainer that marks a checkpoint as complete once everything is in it."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+            write_json(folder / COMPLETE, {"step": self.state.global_step})
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest complete checkpoint; half-written ones, as a crash leaves them, are removed."""
+    complete = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / COMPLETE).is_file():
+            complete.append(checkpoint)
+        else:
+            print(f"smf: {checkpoint} was not written to its end; set aside", file=sys.stderr)
+            shutil.rmtree(checkpoint)
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what Trainer logs to metrics.jsonl, with the row optimizer's own norm and counts."""
+
+    def __init__(self, path: Path, optimizer: torch.optim.Optimizer | None, resumed_at: int):
+        self.path, self.optimizer = path, optimizer
+        lines = path.read_text().splitlines() if path.is_file() and resumed_at else []
+        kept = [line for line in lines if json.loads(line)["step"] <= resumed_at]
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """One line a log of a step."""
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+            return
+        line = {"step": state.global_step} | {k: logs[k] for k in ("loss", "learning_rate", "grad_norm") if k in logs}
+        if isinstance(self.optimizer, SparseMemoryOptimizer) and (report := self.optimizer.last_step) is not None:
+            line["grad_norm"] = logs["grad_norm"] = report.grad_norm
+            line["rows"] = {layer: len(rows) for layer, rows in report.rows.items()}
+            line |= {"rows_read": report.rows_read, "reads": report.reads}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def fit(
+    prepared: methods.Prepared,
+    examples: list[Example],
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: Any,
+    *,
+    steps: int,
+    loss: str,
+    name: str,
+) -> float:
+    """Train for `steps` steps, resuming where a killed run stopped; returns seconds spent in this process.
+
+    Args:
+        prepared: model and optimizer.
+        examples: to learn from, in any order; the recipe's seed orders them.
+        recipe: for the shared options.
+        folder: for checkpoints and metrics.
+        tokenizer: for the padding token.
+        steps: optimizer steps.
+        loss: "answer" or "full".
+        name: shown beside the progress.
+    """
+    options, world = recipe.train, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    per_step = options.micro_batch_size * world
+    if options.batch_size % per_step:
+        raise ConfigError(
+            f"batch_size = {options.batch_size} is not a multiple of micro_batch_size x ranks = {per_step}"
+        )
+    checkpoint = newest_complete(folder / "checkpoints")
+    if checkpoint is not None:
+        print(f"smf: {name}: resuming from {checkpoint}", file=sys.stderr)
+    done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=options.micro_batch_size,
+        gradient_accumulation_steps=options.batch_size // per_step,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup_steps,
+        max_grad_norm=prepared.max_grad_norm,
+        logging_steps=max(1, min(10, steps // 20)),
+        save_strategy="steps",
+        save_steps=options.save_every,
+        save_total_limit=2,  # while one is being written, the one before is whole
+        seed=recipe.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = RunTrainer(
+        model=prepared.model,
+        args=arguments,
+        train_dataset=in_order(examples, steps * options.batch_size, recipe.seed),  # type: ignore[arg-type]
+        data_collator=Collator(pad_id(tokenizer), loss),
+        compute_loss_func=mean_token_loss,
+        optimizers=(prepared.optimizer, None),
+        callbacks=[MetricsFile(folder / "metrics.jsonl", prepared.optimizer, done)],
+    )
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return time.perf_counter() - start
+
+
+def steps_of(steps: int, epochs: float, examples: int, batch_size: int) -> int:
+    """Optimizer steps: as given, or those of `epochs` passes."""
+    return steps or max(1, math.ceil(epochs * examples / batch_size))
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None) -> dict[str, Any]:
+    """Train and score one method of a recipe, into its folder below `recipe.output`; a finished run is only read.
+
+    Returns:
+        The run's result.json: scores with per-example records, what changed, seconds, peak memory, versions.
+    """
+    if name not in recipe.methods:
+        raise ConfigError(f"the recipe has no [methods.{name}]; its methods: {sorted(recipe.methods)}")
+    folder = Path(recipe.output) / recipe.run_id(name)
+    result_file = folder / "result.json"
+    if result_file.is_file():
+        return json.loads(result_file.read_text())
+    loaded = loaded or load(recipe)
+    method = recipe.methods[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "recipe.toml", to_toml(recipe))
+    set_seed(recipe.seed)
+    prepared, heal_seconds = _prepare(recipe, name, method, loaded, folder)
+    seconds, steps = 0.0, 0
+    if prepared.optimizer is not None:
+        steps = steps_of(recipe.train.steps, recipe.train.epochs, len(loaded.train), recipe.train.batch_size)
+        seconds = fit(
+            prepared, loaded.train, recipe, folder, loaded.tokenizer, steps=steps, loss=recipe.train.loss, name=name
+        )
+    result: dict[str, Any] = {"method": name, "kind": method.kind, "seed": recipe.seed, "steps": steps}
+    result["scores"] = score(prepared.model, loaded.tokenizer, recipe, loaded.scored)
+    result |= prepared.save(folder)
+    result |= {"seconds": seconds, "heal_seconds": heal_seconds, "peak_memory_mb": peak_memory_mb()}
+    result["provenance"] = provenance(recipe)
+    write_json(result_file, result)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _prepare(recipe: Recipe, name: str, method: Method, loaded: Loaded, folder: Path) -> tuple[methods.Prepared, float]:
+    """The method's model and optimizer, healed first where it says so, and the seconds that took."""
+    model = load_base(recipe)
+    if method.kind != "smf":
+        make = {"base": methods.base, "full": methods.full, "lora": methods.lora}[method.kind]
+        return make(model, method, recipe), 0.0
+    seconds = 0.0
+    if method.heal:
+        healed = folder / "healed"
+        if not (healed / COMPLETE).is_file():
+            assert recipe.heal is not None
+            prepared = methods.healing(methods.attach(model, method, recipe), recipe)
+            steps = steps_of(recipe.heal.steps, recipe.heal.epochs, len(loaded.healing), recipe.train.batch_size)
+            seconds = fit(
+                prepared,
+                loaded.healing,
+                recipe,
+                folder / "healing",
+                loaded.tokenizer,
+                steps=steps,
+                loss="full",
+                name=f"{name}, healing",
+            )
+            prepared.save(healed)
+            write_json(healed / COMPLETE, {"seconds": seconds})
+            model = load_base(recipe)
+        seconds = json.loads((healed / COMPLETE).read_text())["seconds"]
+        model = PeftModel.from_pretrained(model, healed, is_trainable=True)
+    else:
+        model = methods.attach(model, method, recipe)
+    texts = loaded.background if method.rule in ("kl", "tfidf") else []
+    return methods.smf(model, method, recipe, tokenizer=loaded.tokenizer, background_texts=texts), seconds
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def provenance(recipe: Recipe) -> dict[str, Any]:
+    """Versions, machine and code state that a result came from."""
+    names = ("sparse-memory-finetuning", "torch", "transformers", "peft", "datasets", "lm-eval")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {
+        "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
+        "git": git.stdout.strip() or None,
+        "base": recipe.base,
+    }
+
+
+def evaluate_saved(recipe: Recipe, *, adapter: str | None, patch: str | None) -> list[dict[str, Any]]:
+    """Scores of the base, and of a saved adapter or patch of it where one is given, in the form of results."""
+    if adapter is not None and patch is not None:
+        raise ConfigError("give --adapter or --patch, not both")
+    loaded = load(recipe)
+    model = load_base(recipe)
+    results = [_scored("base", "base", model, recipe, loaded)]
+    if adapter is not None:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise ConfigError(f"--adapter {adapter!r} is not a folder with an adapter_config.json")
+        model = PeftModel.from_pretrained(model, adapter)
+        results.append(_scored(Path(adapter).name, "adapter", model, recipe, loaded))
+    if patch is not None:
+        file = load_patch(patch)
+        model = get_peft_model(model, file.config)
+        file.apply(model)
+        results.append(_scored(Path(patch).name, "patch", model, recipe, loaded))
+        results[-1]["rows_changed"] = sum(len(rows) for rows in file.rows.values())
+    return results
+
+
+def _scored(name: str, kind: str, model: Any, recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
+    scores = score(model, loaded.tokenizer, recipe, loaded.scored)
+    nothing = {"rows_changed": 0, "numbers_changed": 0, "seconds": 0.0, "heal_seconds": 0.0}
+    return {"method": name, "kind": kind, "scores": scores, "peak_memory_mb": peak_memory_mb()} | nothing
