@@ -1,10 +1,15 @@
-# Every target makes .venv itself from python3 and pip.
+# Every target makes .venv itself, from python3 and pip.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+BASE   ?= ../shared/models/tinystories-656k
+DATA   ?= ../shared/data
 
-.PHONY: test test-all lint bench demo clean
+.PHONY: help demo test test-all lint bench clean
+
+help:                   ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /make \1\t/'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,19 +17,23 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $(STAMP)
 
+demo: $(STAMP)          ## the first comparison, on a base and data of yours (BASE=..., DATA=...)
+	@test -d '$(BASE)' -a -d '$(DATA)' || { echo "no base at $(BASE) or no data at $(DATA): make demo BASE=folder DATA=folder"; exit 2; }
+	$(BIN)/smf compare local_example.toml --base '$(BASE)' --data '$(DATA)' --output runs/local_example
+
 test: $(STAMP)          ## the fast tests (minutes)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-all: $(STAMP)      ## every test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)          ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(STAMP)         ## benchmarks, written to benchmarks/results/
+bench: $(STAMP)         ## benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/memory_growth.py
 
-clean:
+clean:                  ## remove the environment and builds
 	rm -rf $(VENV) dist build

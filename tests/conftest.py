@@ -25,23 +25,23 @@ VOCABULARY = 100
 
 def tiny_base(seed: int = 0, **changes: object) -> Qwen2ForCausalLM:
     """A random Qwen2 of width 32 and 4 layers, in evaluation mode."""
-    sizes = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-    )
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(Qwen2Config(**(sizes | changes))).eval()
 
 
 def tiny_config(**changes: object) -> smf.SparseMemoryConfig:
     """Two layers of 256 rows, 8 reads a token."""
-    return smf.SparseMemoryConfig(**(dict(layers=[1, 2], n_keys=16, heads=2, knn=4, k_dim=16) | changes))
+    return smf.SparseMemoryConfig(**({"layers": [1, 2], "n_keys": 16, "heads": 2, "knn": 4, "k_dim": 16} | changes))
 
 
 def tiny_model(seed: int = 0, base: dict | None = None, **config: object) -> PeftModel:
@@ -64,7 +64,7 @@ def logits(model: torch.nn.Module, seed: int = 7) -> Tensor:
 
 def train(model: torch.nn.Module, steps: int = 2, seed: int = 0, **options: object) -> smf.SparseMemoryOptimizer:
     """A few steps of a plain loop; ends in evaluation mode and returns the optimizer."""
-    optimizer = smf.SparseMemoryOptimizer(model, **(dict(lr=1e-2, rule="tf", rows_per_step=8) | options))
+    optimizer = smf.SparseMemoryOptimizer(model, **({"lr": 1e-2, "rule": "tf", "rows_per_step": 8} | options))
     model.train()
     for i in range(steps):
         model(**batch(seed=seed + i)).loss.backward()

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batch, logits, tiny_base, tiny_config, tiny_model, train
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import smf
+from conftest import batch, logits, tiny_base, tiny_config, tiny_model, train
 from smf.fingerprint import json_hash, tensors_hash
 
 LOAD = """
@@ -141,7 +141,7 @@ def test_metadata_keys_that_json_turns_into_text_do_not_break_the_file(tmp_path:
 
 
 def test_old_rows_of_a_reproducible_start_are_left_out(tmp_path: Path):
-    model = tiny_model(base=dict(hidden_size=64), init="paper", n_keys=32)
+    model = tiny_model(base={"hidden_size": 64}, init="paper", n_keys=32)
     train(model, steps=12, rule="all", lr=0.1)
     patch = smf.save_patch(model, tmp_path / "a.smf")
     rows = sum(len(ids) for ids in patch.rows.values())
@@ -181,7 +181,7 @@ def test_saving_what_was_loaded_gives_the_same_bytes(tmp_path: Path):
 
 
 def test_more_layers_than_nine_keep_their_order(tmp_path: Path):
-    deep = dict(base=dict(num_hidden_layers=12), layers=[2, 6, 10, 11])
+    deep = {"base": {"num_hidden_layers": 12}, "layers": [2, 6, 10, 11]}
     model = tiny_model(**deep)
     train(model)
     patch = smf.save_patch(model, tmp_path / "a.smf")
@@ -241,9 +241,13 @@ def test_a_fresh_process_loads_the_trained_model_by_adapter_and_by_patch(tmp_pat
     with safe_open(str(tmp_path / "logits.safetensors"), framework="pt") as file:
         seen = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert not torch.equal(before, trained)
-    for key, expected in dict(
-        base=before, attached=before, reverted=before, adapter=trained, applied=trained
-    ).items():
+    for key, expected in {
+        "base": before,
+        "attached": before,
+        "reverted": before,
+        "adapter": trained,
+        "applied": trained,
+    }.items():
         assert torch.equal(seen[key], expected), key
 
 
@@ -382,7 +386,7 @@ def one_row_changed() -> nn.Module:
     model = tiny_model()
     with torch.no_grad():
         for memory in smf.memory_layers(model).values():
-            memory.values += 1e-30
+            memory.values.add_(1e-30)
     return model
 
 

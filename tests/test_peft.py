@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import batch, logits, tiny_base, tiny_config, tiny_model, train
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 import smf
+from conftest import batch, logits, tiny_base, tiny_config, tiny_model, train
 from smf.adapter import TRAINED, SparseMemoryLayer
 from smf.decoder import default_layers
 
-FRESH = {"additive": dict(mode="additive", init="paper"), "replacement": dict(mode="replacement", init="paper")}
+FRESH = {"additive": {"mode": "additive", "init": "paper"}, "replacement": {"mode": "replacement", "init": "paper"}}
 
 
 def tables(model: nn.Module, adapter: str | None = None) -> dict[int, Tensor]:
@@ -494,7 +494,7 @@ def test_generating_with_and_without_cache_agrees(mode: str):
     model = tiny_model(**FRESH[mode])
     train(model, steps=3, lr=0.5)
     ids = batch(2, 5)["input_ids"]
-    options = dict(max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids), pad_token_id=0)
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
     with_cache = model.generate(input_ids=ids, use_cache=True, **options)
     assert with_cache.shape == (2, 17)
     assert torch.equal(with_cache, model.generate(input_ids=ids, use_cache=False, **options))

@@ -121,7 +121,8 @@ class SparseMemoryConfig(PeftConfig):
 
 
 def _checked_layers(layers: Sequence[int]) -> list[int]:
-    if isinstance(layers, str) or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+    listed = isinstance(layers, Sequence) and not isinstance(layers, str)
+    if not listed or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
         raise ConfigError(f"layers must be a list of decoder layer indices like [10, 12, 14]; got {layers!r}")
     if not layers or len(set(layers)) != len(layers):
         raise ConfigError(f"layers must name at least one layer, each once; got {layers!r}")

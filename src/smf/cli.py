@@ -58,7 +58,8 @@ def train(
 
     loaded = load_with(recipe, base, data, output, seed, max_steps)
     result = run_method(loaded, method)
-    print_table([result], f"{method} -> {Path(loaded.output) / loaded.run_id(method)}")
+    if "scores" in result:  # torchrun: the first rank's alone
+        print_table([result], f"{method} -> {Path(loaded.output) / loaded.run_id(method)}")
 
 
 def evaluate(

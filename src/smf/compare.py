@@ -40,7 +40,7 @@ def compare(recipe: Recipe, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     for number, name in enumerate(todo, 1):
         print(f"smf: {name} ({number} of {len(todo)})", file=sys.stderr)
         command = [sys.executable, "-m", "smf", "train", str(output / "recipe.toml"), "--method", name]
-        if subprocess.run(command).returncode != 0:
+        if subprocess.run(command, stdout=sys.stderr).returncode != 0:  # the one table is all of stdout
             failed.append(name)
     if failed:
         raise TrainingError(

@@ -66,9 +66,9 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
     if missing:
         raise DataError(f"{where} has no column {missing[0]!r}; its columns are {columns}")
     chosen: list[Row] = [dict(row) for row in rows]  # type: ignore[arg-type]
+    chosen = chosen[: source.limit] if source.limit else chosen
     if source.part:
         chosen = [row for row in chosen if part_of(row[source.column], parts, where) == source.part]
-    chosen = chosen[: source.limit] if source.limit else chosen
     if not chosen:
         raise DataError(f"{where} has no rows{f' in part {source.part!r}' if source.part else ''}")
     return chosen

@@ -20,8 +20,8 @@ from .tasks import find_task, medmcqa
 
 
 def token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Cross-entropy `[B, S - 1]` of each next token, in float32; zero where there is no label."""
-    logits = logits_BSV[:, :-1].float()
+    """Cross-entropy `[B, S - 1]` of each next token, in at least float32; zero where there is no label."""
+    logits = logits_BSV[:, :-1].to(torch.promote_types(logits_BSV.dtype, torch.float32))
     return F.cross_entropy(logits.transpose(1, 2), labels_BS[:, 1:], ignore_index=-100, reduction="none")
 
 

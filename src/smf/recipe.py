@@ -37,7 +37,7 @@ class Source:
     part: str = ""
     """Use only the rows that the hash of their text puts into this part of [parts]."""
     limit: int = 0
-    """Use the first rows only; 0: all."""
+    """Use the first rows only (before the choice of a part); 0: all."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +314,8 @@ def _check(recipe: Recipe, where: str) -> None:
     for name, method in recipe.methods.items():
         if method.kind != "base" and method.lr <= 0:
             raise ConfigError(f"{where}: [methods.{name}] lr = {method.lr}; expected a number above 0")
+        if method.rows_per_step < 1:
+            raise ConfigError(f"{where}: [methods.{name}] rows_per_step = {method.rows_per_step}; expected at least 1")
         if method.heal and recipe.heal is None:
             raise ConfigError(f"{where}: [methods.{name}] heal = true needs a [heal] table that says on what text")
         if method.kind == "smf" and method.rule in ("kl", "tfidf") and recipe.background is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import resource
 import shutil
@@ -38,6 +39,7 @@ from .files import write_atomically, write_json
 from .optimizer import SparseMemoryOptimizer
 from .patch import load_patch
 from .recipe import Method, Recipe, Source, to_toml
+from .selection import find_rule
 from .tasks import find_task
 
 COMPLETE = "smf_complete.json"  # written into a checkpoint after everything else: what has it can be resumed from
@@ -118,6 +120,7 @@ def check_models(recipe: Recipe) -> None:
         skeleton = AutoModelForCausalLM.from_config(config)
     for method in recipe.methods.values():
         if method.kind == "smf":
+            find_rule(method.rule)
             memory = methods.memory_config(method.memory or recipe.memory, recipe.seed, method.train)
             decoder = find_decoder(skeleton)
             layers = memory.layers or default_layers(len(decoder.blocks))
@@ -163,13 +166,18 @@ class RunTrainer(Trainer):
             write_json(folder / COMPLETE, {"step": self.state.global_step})
 
 
-def newest_complete(folder: Path) -> Path | None:
-    """The newest complete checkpoint; half-written ones, as a crash leaves them, are removed."""
+def is_main() -> bool:
+    """Whether this process is the one that writes (torchrun starts several)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def newest_complete(folder: Path, *, tidy: bool) -> Path | None:
+    """The newest complete checkpoint; half-written ones, as a crash leaves them, are removed with `tidy`."""
     complete = []
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / COMPLETE).is_file():
             complete.append(checkpoint)
-        else:
+        elif tidy:
             print(f"smf: {checkpoint} was not written to its end; set aside", file=sys.stderr)
             shutil.rmtree(checkpoint)
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
@@ -182,7 +190,8 @@ class MetricsFile(TrainerCallback):
         self.path, self.optimizer = path, optimizer
         lines = path.read_text().splitlines() if path.is_file() and resumed_at else []
         kept = [line for line in lines if json.loads(line)["step"] <= resumed_at]
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
+        if is_main():
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """One line a log of a step."""
@@ -220,13 +229,13 @@ def fit(
         loss: "answer" or "full".
         name: shown beside the progress.
     """
-    options, world = recipe.train, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    per_step = options.micro_batch_size * world
+    options = recipe.train
+    per_step = options.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     if options.batch_size % per_step:
         raise ConfigError(
             f"batch_size = {options.batch_size} is not a multiple of micro_batch_size x ranks = {per_step}"
         )
-    checkpoint = newest_complete(folder / "checkpoints")
+    checkpoint = newest_complete(folder / "checkpoints", tidy=is_main())
     if checkpoint is not None:
         print(f"smf: {name}: resuming from {checkpoint}", file=sys.stderr)
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
@@ -287,7 +296,8 @@ def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None) -> dict[
     loaded = loaded or load(recipe)
     method = recipe.methods[name]
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "recipe.toml", to_toml(recipe))
+    if is_main():
+        write_atomically(folder / "recipe.toml", to_toml(recipe))
     set_seed(recipe.seed)
     prepared, heal_seconds = _prepare(recipe, name, method, loaded, folder)
     seconds, steps = 0.0, 0
@@ -297,6 +307,8 @@ def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None) -> dict[
             prepared, loaded.train, recipe, folder, loaded.tokenizer, steps=steps, loss=recipe.train.loss, name=name
         )
     result: dict[str, Any] = {"method": name, "kind": method.kind, "seed": recipe.seed, "steps": steps}
+    if not is_main():
+        return result
     result["scores"] = score(prepared.model, loaded.tokenizer, recipe, loaded.scored)
     result |= prepared.save(folder)
     result |= {"seconds": seconds, "heal_seconds": heal_seconds, "peak_memory_mb": peak_memory_mb()}

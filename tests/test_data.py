@@ -1,0 +1,153 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tiny_base
+from smf.data import Collator, Example, encode, in_order, keep_answered, load_rows, part_of
+from smf.errors import DataError
+from smf.evaluate import example_losses, nats_per_token
+from smf.recipe import Source
+from smf.tasks import medmcqa, perplexity
+from smf.train import mean_token_loss
+from tiny import make_base, make_tokenizer, question, write_lines
+
+PARTS = {"background": 0.4, "healing": 0.3, "probe": 0.3}
+
+
+def rows_of_part(path: str, data: str, part: str) -> list[str]:
+    return [row["text"] for row in load_rows(Source(path=path, part=part), data, PARTS, ["text"])]
+
+
+def test_parts_are_disjoint_and_cover_the_collection(tmp_path: Path):
+    texts = [f"story number {i}" for i in range(200)]
+    write_lines(tmp_path / "stories.jsonl", [{"text": text} for text in [*texts, " story number 7 "]])
+    parts = {part: rows_of_part("stories.jsonl", str(tmp_path), part) for part in PARTS}
+    stripped = {part: {text.strip() for text in rows} for part, rows in parts.items()}
+    assert set.union(*stripped.values()) == set(texts)
+    assert sum(map(len, stripped.values())) == len(texts), "a story is in two parts"
+    assert sum(map(len, parts.values())) == 201
+    assert all(len(rows) > 40 for rows in parts.values())
+
+
+def test_parts_of_the_real_stories_are_disjoint(shared: Path):
+    data = str(shared / "data")
+    parts = [set(rows_of_part("tinystories/train.jsonl.gz", data, part)) for part in PARTS]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    assert sum(map(len, parts)) == 1000
+
+
+def test_part_depends_on_the_text_alone():
+    assert part_of("a story", PARTS) == part_of("  a story\n", PARTS)
+    with pytest.raises(DataError, match="parts"):
+        part_of("a story", {})
+
+
+def test_rows_of_gzip_and_plain_files_are_equal(tmp_path: Path):
+    rows = [{"text": "one"}, {"text": "two"}]
+    write_lines(tmp_path / "a.jsonl", rows)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    first, second = (load_rows(Source(path=p), str(tmp_path), {}, ["text"]) for p in ("a.jsonl", "b.jsonl.gz"))
+    assert first == second == rows
+
+
+def test_missing_file_column_and_broken_json_are_named(tmp_path: Path):
+    write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"a\.jsonl has no column 'question'; its columns are \['text'\]"):
+        load_rows(Source(path="a.jsonl"), str(tmp_path), {}, ["question"])
+    with pytest.raises(DataError, match=r"no data file at .*missing\.jsonl"):
+        load_rows(Source(path="missing.jsonl"), str(tmp_path), {}, [])
+    with pytest.raises(DataError, match=r"broken\.jsonl cannot be read"):
+        load_rows(Source(path="broken.jsonl"), str(tmp_path), {}, [])
+    with pytest.raises(DataError, match="names no hub data set"):
+        load_rows(Source(path="a.jsonl"), "hub", {}, [])
+
+
+@pytest.mark.parametrize(("column", "value"), [("cop", 4), ("cop", None), ("opb", " "), ("question", None)])
+def test_bad_questions_are_named_by_row(column: str, value: object):
+    import random
+
+    rows = [question(i, random.Random(i)) for i in range(3)]
+    rows[1][column] = value
+    with pytest.raises(DataError, match=f"file, row 2: .*{column}"):
+        medmcqa.select(rows, "file")
+
+
+def test_response_begins_after_the_prompt_and_ends_with_eos():
+    tokenizer = make_tokenizer()
+    example = encode(tokenizer, "x", "Question : word1 word2 Answer :", " A . word3", 64, end=True)
+    assert tokenizer.decode(example.ids[example.start :]) == "A . word3 <eos>"
+    assert tokenizer.decode(example.ids[: example.start]) == "Question : word1 word2 Answer :"
+
+
+def test_cut_answers_are_refused_or_dropped():
+    examples = [Example("a", [1] * 5, 3), Example("b", [1] * 5, 5)]
+    with pytest.raises(DataError, match=r"row b .*prompt has 5 tokens, max_length is 5"):
+        keep_answered(examples, "error", 5)
+    assert [e.id for e in keep_answered(examples, "drop", 5)] == ["a"]
+    with pytest.raises(DataError, match="no example is left"):
+        keep_answered(examples[1:], "drop", 5)
+
+
+def test_order_is_a_permutation_a_pass_and_depends_on_the_seed_alone():
+    examples = [Example(str(i), [1, 2], 1) for i in range(10)]
+    order = [e.id for e in in_order(examples, 25, seed=1)]
+    assert sorted(order[:10]) == sorted(order[10:20]) == [str(i) for i in range(10)]
+    assert order[:10] != order[10:20]
+    assert order == [e.id for e in in_order(examples, 25, seed=1)] != [e.id for e in in_order(examples, 25, seed=2)]
+
+
+def test_labels_are_the_answer_or_everything_but_the_first_token_and_never_pads():
+    examples = [Example("a", [5, 6, 7, 8], 2), Example("b", [9, 10], 0)]
+    answer = Collator(0, "answer")(examples)["labels"].tolist()
+    full = Collator(0, "full")(examples)["labels"].tolist()
+    assert answer == [[-100, -100, 7, 8], [-100, 10, -100, -100]]
+    assert full == [[-100, 6, 7, 8], [-100, 10, -100, -100]]
+
+
+def test_gradient_does_not_depend_on_micro_batches_with_unequal_token_counts():
+    model = tiny_base().double()
+    torch.manual_seed(0)
+    examples = [Example(str(i), torch.randint(1, 90, (4 + 3 * i,)).tolist(), 2 + i) for i in range(6)]
+    collate = Collator(0, "answer")
+
+    def gradient(groups: list[list[Example]]) -> torch.Tensor:
+        model.zero_grad()
+        total = sum(len(e.ids) - e.start for e in examples)
+        for group in groups:
+            batch = collate(group)
+            labels = batch.pop("labels")
+            mean_token_loss(model(**batch), labels, torch.tensor(total)).backward()
+        return model.model.embed_tokens.weight.grad.clone()
+
+    whole = gradient([examples])
+    pieces = gradient([examples[:1], examples[1:4], examples[4:]])
+    assert whole.norm() > 0
+    assert torch.allclose(whole, pieces, rtol=1e-10, atol=1e-14)
+
+
+def test_example_losses_do_not_depend_on_batching_and_equal_the_models_own_loss():
+    model, tokenizer = make_base(), make_tokenizer()
+    torch.manual_seed(0)
+    examples = [Example(str(i), torch.randint(3, 150, (3 + 2 * i,)).tolist(), 1) for i in range(5)]
+    one = example_losses(model, examples, tokenizer, loss="full", batch_size=1)
+    many = example_losses(model, examples, tokenizer, loss="full", batch_size=4)
+    for a, b, example in zip(one, many, examples, strict=True):
+        ids = torch.tensor([example.ids])
+        own = model(input_ids=ids, labels=ids).loss.item()
+        assert a["id"] == b["id"] == example.id and a["tokens"] == b["tokens"] == len(example.ids) - 1
+        assert a["nats"] == pytest.approx(b["nats"], abs=1e-4) == pytest.approx(own * a["tokens"], abs=1e-4)
+    assert nats_per_token(one) == pytest.approx(sum(r["nats"] for r in one) / sum(r["tokens"] for r in one))
+
+
+def test_perplexity_windows_cover_every_token_of_every_text():
+    tokenizer = make_tokenizer()
+    rows = [{"text": " ".join(f"word{i % 100}" for i in range(25))}, {"text": "  "}, {"text": "word1 word2"}]
+    windows = perplexity.examples(rows, "text", tokenizer, max_length=10)
+    assert [len(w.ids) for w in windows] == [10, 10, 5, 2]
+    with pytest.raises(DataError, match="row 1"):
+        perplexity.examples([{"text": 3}], "text", tokenizer, max_length=10)

@@ -1,0 +1,100 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from smf.errors import ConfigError
+from smf.recipe import SHIPPED, find_recipe, load_recipe, to_toml
+from tiny import RECIPE
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.toml"
+    file.write_text(RECIPE.format(folder=tmp_path))
+    return file
+
+
+def changed(file: Path, old: str, new: str) -> Path:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    return file
+
+
+def test_written_out_recipe_reads_back_equal(recipe_file: Path):
+    recipe = load_recipe(recipe_file, seed=3)
+    (recipe_file.parent / "again.toml").write_text(to_toml(recipe))
+    assert load_recipe(recipe_file.parent / "again.toml") == recipe
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda p: p.name)
+def test_shipped_recipes_load_and_begin_with_their_command(path: Path):
+    load_recipe(path)
+    assert path.read_text().startswith(f"# smf compare recipes/{path.name}")
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda p: p.name)
+def test_every_key_of_shipped_recipes_is_commented_where_it_is_set(path: Path):
+    lines = path.read_text().splitlines()
+    bare = [line for line in lines if re.match(r"[a-z_]+ = ", line) and " # " not in line]
+    assert not bare
+
+
+def test_unknown_key_names_the_nearest(recipe_file: Path):
+    changed(recipe_file, "batch_size = 8\nmicro", "batchsize = 8\nmicro")
+    with pytest.raises(ConfigError, match=r"train: unknown key 'batchsize'; did you mean 'batch_size'"):
+        load_recipe(recipe_file)
+
+
+def test_unknown_key_of_a_method_names_the_method(recipe_file: Path):
+    changed(
+        recipe_file,
+        "rows_per_step = 8\nlr = 0.05\n\n[methods.smf-all]",
+        "rows_a_step = 8\nlr = 1.0\n\n[methods.smf-all]",
+    )
+    with pytest.raises(ConfigError, match=r"methods.smf: unknown key 'rows_a_step'; did you mean 'rows_per_step'"):
+        load_recipe(recipe_file)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps = 4", 'steps = "4"', "expected int, got str"),
+        ("steps = 4", "steps = true", "expected int, got bool"),
+        ("micro_batch_size = 2", "micro_batch_size = 3", "not a multiple"),
+        ("micro_batch_size = 2", "micro_batch_size = 0", "at least 1"),
+        ('kind = "lora"', 'kind = "lorra"', "expected one of"),
+        ("probe = 0.2", "probe = 0.9", "add up to 1"),
+        ("lr = 1e-2", "lr = 0.0", "above 0"),
+        ("[background]", "[ignored]", "unknown key 'ignored'"),
+        ("eval_batch_size = 8", "eval_batch_size = 8 8", "not TOML"),
+    ],
+)
+def test_bad_values_are_refused_by_name(recipe_file: Path, old: str, new: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(changed(recipe_file, old, new))
+
+
+def test_kl_without_background_is_refused(recipe_file: Path):
+    text = recipe_file.read_text()
+    start, end = text.index("[background]"), text.index("[heal]")
+    recipe_file.write_text(text[:start] + text[end:])
+    with pytest.raises(ConfigError, match=r"rule = 'kl' needs a \[background\]"):
+        load_recipe(recipe_file)
+
+
+def test_run_id_changes_with_what_changes_a_result_and_with_nothing_else(recipe_file: Path):
+    recipe = load_recipe(recipe_file)
+    assert recipe.run_id("smf") == load_recipe(recipe_file, output="elsewhere").run_id("smf")
+    assert recipe.run_id("smf") != load_recipe(recipe_file, seed=1).run_id("smf")
+    assert recipe.run_id("smf") != recipe.run_id("lora")
+    changed(recipe_file, "lr = 1e-2", "lr = 2e-2")
+    assert recipe.run_id("smf") == load_recipe(recipe_file).run_id("smf")
+    assert recipe.run_id("lora") != load_recipe(recipe_file).run_id("lora")
+
+
+def test_missing_recipe_lists_the_shipped_ones():
+    with pytest.raises(ConfigError, match=r"local_example\.toml"):
+        load_recipe("no_such_recipe.toml")
+    assert find_recipe("recipes/local_example.toml").is_file()

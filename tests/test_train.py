@@ -1,0 +1,348 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import smf
+from smf.compare import markdown_table, result_path
+from smf.errors import ConfigError, DataError, SmfError
+from smf.methods import attach
+from smf.recipe import load_recipe
+from smf.train import check_output, load, load_base, newest_complete, run_method
+from tiny import make_base, make_world, write_lines
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of a tiny world; its runs are shared by the tests of this module."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def own_world(tmp_path: Path) -> Path:
+    """The recipe of a tiny world that the test may spoil."""
+    return make_world(tmp_path)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "smf", *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", ["base", "smf", "smf-all", "smf-healed", "lora", "full"])
+def test_every_method_runs_and_reports(world: Path, name: str):
+    recipe = load_recipe(world)
+    result = run_method(recipe, name)
+    scores = result["scores"]
+    assert len(scores["target"]["records"]["choice"]) == len(scores["target"]["records"]["loss"]) == 12
+    assert scores["probes"]["stories"]["records"] and scores["probes"]["stories"]["nats"] > 0
+    assert (result["numbers_changed"] > 0) == (name != "base")
+    assert (result["rows_changed"] > 0) == name.startswith("smf")
+    assert result["provenance"]["versions"]["torch"] and result["peak_memory_mb"] > 0
+    folder = result_path(recipe, name).parent
+    assert load_recipe(folder / "recipe.toml") == recipe
+    if name != "base":
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert all(line["grad_norm"] > 0 for line in lines)
+
+
+def test_finished_run_is_read_not_repeated(world: Path):
+    recipe = load_recipe(world)
+    run_method(recipe, "smf")
+    file = result_path(recipe, "smf")
+    before = file.stat().st_mtime_ns
+    start = time.perf_counter()
+    assert run_method(recipe, "smf")["method"] == "smf"
+    assert time.perf_counter() - start < 1 and file.stat().st_mtime_ns == before
+
+
+def test_base_scores_are_those_of_the_memory_disabled(world: Path):
+    from smf.evaluate import score
+
+    recipe = load_recipe(world)
+    loaded = load(recipe)
+    model = attach(load_base(recipe), recipe.methods["smf"], recipe)
+    base = run_method(recipe, "base")["scores"]
+    with model.disable_adapter():
+        again = score(model, loaded.tokenizer, recipe, loaded.scored)
+    assert again == base
+
+
+def test_saved_patch_and_adapter_score_as_the_run_did(world: Path):
+    from smf.train import evaluate_saved
+
+    recipe = load_recipe(world)
+    result = run_method(recipe, "smf")
+    folder = result_path(recipe, "smf").parent
+    base, patched = evaluate_saved(recipe, adapter=None, patch=str(folder / "patch.smf"))
+    assert base["scores"] == run_method(recipe, "base")["scores"]
+    assert patched["scores"] == result["scores"] != base["scores"]
+    assert patched["rows_changed"] == result["rows_changed"]
+    adapted = evaluate_saved(recipe, adapter=str(folder / "adapter"), patch=None)[1]
+    assert adapted["scores"] == result["scores"]
+
+
+def test_all_methods_see_the_same_examples_in_the_same_order(world: Path, monkeypatch: pytest.MonkeyPatch):
+    import smf.train as train
+
+    recipe = load_recipe(world, output=str(world.parent / "order"))
+    seen: dict[str, list[str]] = {}
+    real = train.RunTrainer
+
+    class Spy(real):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            collate = self.data_collator
+
+            def spy(examples):
+                seen.setdefault(current, []).extend(e.id for e in examples)
+                return collate(examples)
+
+            self.data_collator = spy
+
+    monkeypatch.setattr(train, "RunTrainer", Spy)
+    for current in ("smf", "lora", "full"):
+        run_method(recipe, current)
+    assert len(seen["smf"]) == 32
+    assert seen["smf"] == seen["lora"] == seen["full"]
+
+
+def test_accumulation_changes_neither_rows_nor_scores_much(world: Path):
+    recipe = load_recipe(world, output=str(world.parent / "accumulation"))
+    whole = replace(recipe, train=replace(recipe.train, micro_batch_size=8))
+    a, b = run_method(recipe, "smf"), run_method(whole, "smf")
+    assert a["rows_changed"] == b["rows_changed"]
+    assert a["scores"]["target"]["loss"] == pytest.approx(b["scores"]["target"]["loss"], abs=1e-4)
+
+
+def test_full_text_loss_differs_from_answer_loss(world: Path):
+    recipe = load_recipe(world, output=str(world.parent / "full-text"))
+    full = replace(recipe, train=replace(recipe.train, loss="full"))
+    answer_tokens = sum(r["tokens"] for r in run_method(recipe, "base")["scores"]["target"]["records"]["loss"])
+    full_tokens = sum(r["tokens"] for r in run_method(full, "base")["scores"]["target"]["records"]["loss"])
+    assert full_tokens > 2 * answer_tokens
+
+
+# -- crashes ----------------------------------------------------------------------------------------------------------
+
+TRAIN_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from transformers import set_seed
+from smf.recipe import load_recipe
+from smf.train import _prepare, fit, load
+
+recipe, folder = load_recipe(sys.argv[1]), Path(sys.argv[2])
+loaded = load(recipe)
+set_seed(recipe.seed)
+prepared, _ = _prepare(recipe, "smf", recipe.methods["smf"], loaded, folder)
+fit(prepared, loaded.train, recipe, folder, loaded.tokenizer, steps=recipe.train.steps, loss="answer", name="smf")
+"""
+
+
+def assert_equal(a: object, b: object, where: str = "") -> None:
+    """Equal to the last bit, however nested."""
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor) and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert isinstance(b, dict) and a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def test_killed_training_goes_on_bit_for_bit(own_world: Path, tmp_path: Path):
+    text = own_world.read_text().replace("steps = 4", "steps = 14").replace("save_every = 2", "save_every = 3")
+    own_world.write_text(
+        text.replace("rows_per_step = 8\nlr = 0.05\n\n", 'rows_per_step = 8\nupdate = "adam"\nlr = 0.05\n\n')
+    )
+    script = [sys.executable, "-c", TRAIN_SCRIPT, str(own_world)]
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    subprocess.run([*script, str(calm)], env=ONE_THREAD, check=True, capture_output=True, timeout=300)
+    steps = sorted(random.Random(os.urandom(8)).sample(range(1, 13), 3))
+    print("killed at steps", steps)
+    for step in steps:
+        process = subprocess.Popen(
+            [*script, str(killed)], env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        metrics, deadline = killed / "metrics.jsonl", time.time() + 200
+        while process.poll() is None and time.time() < deadline:
+            lines = metrics.read_text().splitlines() if metrics.is_file() else []
+            if lines and json.loads(lines[-1])["step"] >= step:
+                break
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([*script, str(killed)], env=ONE_THREAD, check=True, capture_output=True, timeout=300)
+
+    assert (killed / "metrics.jsonl").read_text() == (calm / "metrics.jsonl").read_text()  # losses, rows, reads, rates
+    last = "checkpoints/checkpoint-14"
+    for file in ("optimizer.pt", "scheduler.pt"):  # moments, old rows, counts; schedule
+        a, b = (torch.load(folder / last / file, weights_only=True) for folder in (calm, killed))
+        assert_equal(a, b, file)
+    adapter = f"{last}/adapter_model.safetensors"
+    assert (calm / adapter).read_bytes() == (killed / adapter).read_bytes()
+
+
+def test_half_written_checkpoint_is_not_resumed_from(tmp_path: Path):
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-2" / "smf_complete.json").write_text("{}")
+    assert newest_complete(tmp_path, tidy=True) == tmp_path / "checkpoint-2"
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+@pytest.mark.slow
+def test_train_command_under_torchrun_gives_the_rows_of_one_process(own_world: Path, tmp_path: Path):
+    recipe = load_recipe(own_world, output=str(tmp_path / "one"))
+    one = run_method(recipe, "smf")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "smf"]
+    arguments = ["train", str(own_world), "--method", "smf", "--output", str(tmp_path / "two")]
+    done = subprocess.run([*launch, *arguments], env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads(result_path(replace(recipe, output=str(tmp_path / "two")), "smf").read_text())
+    patches = [smf.load_patch(tmp_path / f / recipe.run_id("smf") / "patch.smf") for f in ("one", "two")]
+    assert all(torch.equal(patches[0].rows[layer], patches[1].rows[layer]) for layer in patches[0].rows)
+    assert two["scores"]["target"]["loss"] == pytest.approx(one["scores"]["target"]["loss"], abs=1e-4)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_compare_prints_one_table_and_runs_only_what_is_missing(own_world: Path):
+    first = run("compare", own_world, "--methods", "base", "smf", "--max-steps", 2)
+    assert first.returncode == 0, first.stderr[-2000:]
+    for word in ("base", "smf", "target loss", "stories ppl", "rows changed", "peak MB"):
+        assert word in first.stdout
+    recipe = load_recipe(own_world)
+    table = (Path(recipe.output) / "table.md").read_text()
+    assert table.count("\n") == 4 and "| smf |" in table
+    again = run("compare", own_world, "--methods", "base", "smf", "--max-steps", 2)
+    assert again.stdout == first.stdout and "(1 of" not in again.stderr
+
+
+def test_failing_method_leaves_the_others_results_and_is_named(own_world: Path):
+    recipe = load_recipe(own_world)
+    folder = Path(recipe.output) / recipe.run_id("lora")
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file where the run's folder should be")
+    done = run("compare", own_world, "--methods", "lora", "base")
+    assert done.returncode == 2 and "did not finish: ['lora']" in done.stderr
+    assert result_path(recipe, "base").is_file()
+
+
+def test_errors_of_ours_are_one_line_without_traceback(own_world: Path):
+    done = run("compare", own_world, "--base", "/nowhere/model")
+    assert done.returncode == 2
+    assert "smf: error: base = '/nowhere/model' cannot be loaded" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_names_every_command_and_option():
+    assert all(word in run("--help").stdout for word in ("train", "eval", "compare"))
+    text = run("compare", "--help").stdout
+    assert all(option in text for option in ("--methods", "--base", "--data", "--output", "--seed", "--max-steps"))
+
+
+# -- refused before training ------------------------------------------------------------------------------------------
+
+
+def edited(world: Path, old: str, new: str) -> Path:
+    text = world.read_text()
+    assert old in text
+    world.write_text(text.replace(old, new))
+    return world
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "message"),
+    [
+        ("layers = [1, 2]", "layers = [1, 9]", SmfError, "layer index 9 is out of range: the model has 4"),
+        ("layers = [1, 2]", "layers = [1, -1]", SmfError, "layer index -1"),
+        (
+            "n_keys = 16\nheads = 2\nknn = 4\nk_dim = 16",
+            "n_keys = 16\nheads = 2\nknn = 4\nk_dim = 15",
+            ConfigError,
+            "k_dim",
+        ),
+        ("n_keys = 16", "n_keys = 3", ConfigError, "knn=4"),
+        ("max_length = 64", "max_length = 12", DataError, "cut away"),
+        ('path = "train.jsonl"', 'path = "stories.jsonl"', DataError, "no column 'id'"),
+        ('path = "eval.jsonl"', 'path = "train.jsonl"', DataError, "both trained and scored"),
+        ('task = "medmcqa"', 'task = "medqa"', ConfigError, "'medqa' is not known"),
+        ('task = "medmcqa"', 'task = "perplexity"', ConfigError, "not a target"),
+        ('part = "probe"', 'part = "prob"', DataError, "no rows in part 'prob'"),
+        ('rule = "tfidf"', 'rule = "idf"', ConfigError, "'idf' is not known"),
+        (
+            "rows_per_step = 8\nlr = 0.05\n\n[methods.smf-all]",
+            "rows_per_step = 0\nlr = 1.0\n\n[methods.smf-all]",
+            ConfigError,
+            "rows_per_step",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name_before_training(own_world, old, new, error, message):
+    with pytest.raises(error, match=message.replace("[", r"\[")):
+        load(load_recipe(edited(own_world, old, new)))
+
+
+def test_unwritable_output_is_refused(own_world: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_output(tmp_path / "file" / "runs")
+
+
+def test_unknown_method_is_refused_with_the_known_ones(own_world: Path):
+    with pytest.raises(ConfigError, match=r"no \[methods.smff\]; its methods: \['base'"):
+        run_method(load_recipe(own_world), "smff")
+
+
+def test_adapter_of_another_base_is_refused(own_world: Path, tmp_path: Path):
+    from smf.train import evaluate_saved
+
+    recipe = load_recipe(own_world)
+    run_method(recipe, "smf")
+    folder = result_path(recipe, "smf").parent
+    make_base(seed=7).save_pretrained(tmp_path / "other")
+    (tmp_path / "base" / "tokenizer.json").rename(tmp_path / "other" / "tokenizer.json")
+    (tmp_path / "base" / "tokenizer_config.json").rename(tmp_path / "other" / "tokenizer_config.json")
+    other = load_recipe(own_world, base=str(tmp_path / "other"))
+    with pytest.raises(SmfError, match="another base"):
+        evaluate_saved(other, adapter=str(folder / "adapter"), patch=None)
+    with pytest.raises(SmfError, match="another base"):
+        evaluate_saved(other, adapter=None, patch=str(folder / "patch.smf"))
+
+
+def test_table_shows_the_change_against_the_base(world: Path):
+    recipe = load_recipe(world)
+    results = [run_method(recipe, name) for name in ("base", "full")]
+    change = results[1]["scores"]["target"]["loss"] - results[0]["scores"]["target"]["loss"]
+    assert f"({change:+.3f})" in markdown_table(results)
+
+
+def test_blank_texts_do_not_become_background_documents(own_world: Path):
+    stories = own_world.parent / "data" / "stories.jsonl"
+    rows = [json.loads(line) for line in stories.read_text().splitlines()]
+    write_lines(stories, [*rows, {"text": "   "}])
+    assert all(text.strip() for text in load(load_recipe(own_world)).background)
