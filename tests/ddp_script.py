@@ -81,8 +81,8 @@ def ragged_examples() -> list[dict[str, Tensor]]:
     return examples
 
 
-def train_with_trainer(rank: int, world: int, folder: Path) -> dict[str, Tensor]:
-    """HF Trainer, 4 examples a micro-batch over all ranks, 2 micro-batches a step."""
+def train_with_trainer(world: int, folder: Path, checkpoint: str | None = None) -> dict[str, Tensor]:
+    """HF Trainer, 4 examples a micro-batch over all ranks, 2 micro-batches a step, a checkpoint after 2 of 4 steps."""
     model = tiny_model(train="rows+scale").double()
     optimizer = smf.SparseMemoryOptimizer(model, lr=1e-2, rule="tf", reads="gradient", rows_per_step=8)
     steps: list[Any] = []
@@ -95,18 +95,22 @@ def train_with_trainer(rank: int, world: int, folder: Path) -> dict[str, Tensor]
         num_train_epochs=2,
         max_grad_norm=0,
         report_to="none",
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=2,
         disable_tqdm=True,
         ddp_backend="gloo" if world > 1 else None,
     )
-    Trainer(model, args, train_dataset=ragged_examples(), optimizers=(optimizer, None)).train()
+    trainer = Trainer(model, args, train_dataset=ragged_examples(), optimizers=(optimizer, None))
+    trainer.train(resume_from_checkpoint=checkpoint)
     return outcome(model, steps)
 
 
 def everything(rank: int, world: int, folder: Path) -> dict[str, dict[str, Tensor]]:
     """What every loop leaves behind, by its name."""
     results = {name: train_in_a_loop(rank, world, **options) for name, options in LOOPS.items()}
-    return results | {"trainer": train_with_trainer(rank, world, folder)}
+    results["trainer"] = train_with_trainer(world, folder)
+    results["resumed"] = train_with_trainer(world, folder / "again", str(folder / "checkpoint-2"))
+    return results
 
 
 def main() -> None:

@@ -321,10 +321,9 @@ def test_row_gradients_equal_dense_autograd_in_float32_by_row():
     twin, dense = dense_twin(model)
     got, expected = factors_of(model, [inputs]), gradients(twin, dense, inputs)
     for layer in (0, 1, 3):
-        norms = expected[layer].norm(dim=1)
-        assert bool(((got[layer] - expected[layer]).norm(dim=1) <= 1e-5 * norms.max()).all())
-        large = norms > 1e-3 * norms.max()
-        assert bool(((got[layer] - expected[layer]).norm(dim=1)[large] <= 1e-5 * norms[large]).all())
+        error, norm = (got[layer] - expected[layer]).norm(dim=1), expected[layer].norm(dim=1)
+        assert bool((error <= 1e-5 * norm).all())
+        assert int((norm > 0).sum()) > 100
 
 
 def test_the_gradient_of_a_lower_memory_goes_through_the_upper_ones():

@@ -339,12 +339,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
     return zero, one, everything(0, 1, folder / "single")
 
 
-@pytest.mark.parametrize("name", [*LOOPS, "trainer"])
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("name", [*LOOPS, "trainer", "resumed"])
 def test_two_ranks_are_bit_identical_to_each_other(name: str, ranks: tuple):
     zero, one, _ = ranks
     assert identical(zero[name], one[name])
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("name", [*(name for name in LOOPS if name != "float32"), "trainer"])
 def test_two_ranks_do_what_a_single_process_does(name: str, ranks: tuple):
     many, _, single = (results[name] for results in ranks)
@@ -355,3 +357,11 @@ def test_two_ranks_do_what_a_single_process_does(name: str, ranks: tuple):
             assert torch.equal(many[key], single[key]), key
         else:
             torch.testing.assert_close(many[key], single[key], atol=1e-9, rtol=1e-9, msg=key)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_resume_bit_identically(ranks: tuple):
+    for results in ranks:
+        resumed, whole = results["resumed"], results["trainer"]
+        assert sum(key.startswith("rows.") for key in resumed) == 2 * 2  # steps 3 and 4, two layers
+        assert all(torch.equal(resumed[key], whole[key]) for key in resumed)

@@ -540,6 +540,14 @@ def test_a_model_without_memory_has_no_patch(tmp_path: Path):
         smf.save_patch(tiny_base(), tmp_path / "a.smf")
 
 
+def test_a_model_that_was_cast_is_refused_before_a_file_is_written(tmp_path: Path):
+    model = tiny_model().double()  # its config says float32
+    train(model)
+    with pytest.raises(smf.PatchError, match=r"float64.*float32"):
+        smf.save_patch(model, tmp_path / "a.smf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_save_leaves_the_old_file(patch_file: Path, monkeypatch: pytest.MonkeyPatch):
     content = patch_file.read_bytes()
     model = tiny_model()

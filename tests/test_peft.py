@@ -582,6 +582,26 @@ def test_a_bfloat16_adapter_is_loaded_with_its_dtypes(tmp_path: Path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_every_loader_gives_a_bfloat16_base_its_float32_memory(tmp_path: Path):
+    base_dir, adapter_dir = tmp_path / "base", tmp_path / "adapter"
+    half = {"dtype": torch.bfloat16}
+    tiny_base().save_pretrained(base_dir)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir, **half), tiny_config(init="paper"))
+    train(model)
+    model.save_pretrained(adapter_dir)
+    native = AutoModelForCausalLM.from_pretrained(base_dir, **half)
+    native.load_adapter(str(adapter_dir))
+    loaded = [
+        native,
+        AutoModelForCausalLM.from_pretrained(adapter_dir, **half),
+        AutoPeftModelForCausalLM.from_pretrained(adapter_dir, **half),
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir, **half), adapter_dir),
+    ]
+    for other in loaded:
+        assert {p.dtype for n, p in other.named_parameters() if "sparse_memory" in n} == {torch.float32}
+        assert torch.equal(logits(other), logits(model))
+
+
 def test_training_under_bfloat16_autocast_works_and_searches_in_float32():
     model = tiny_model()
     optimizer = smf.SparseMemoryOptimizer(model, lr=1e-2, rule="tf", rows_per_step=8)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import smf
 from conftest import batch, tiny_base, tiny_config, tiny_model
@@ -220,9 +221,24 @@ def test_random_depends_on_seed_step_and_layer_and_on_nothing_else():
     assert random_rows(update="adam") == first
     assert random_rows(seed=1)[0][1] != first[0][1]
     assert first[0][1] != first[1][1], "the same reads at another step"
-    counts = independent_reads(double_model(), with_labels(padded()))
-    ranks = {layer: [sorted(counts[layer]).index(row) for row in first[0][layer]] for layer in LAYERS}
-    assert ranks[1] != ranks[2]
+
+
+def test_the_generator_of_a_rule_depends_on_seed_step_and_layer():
+    seeds = []
+    for seed in (0, 0, 1):
+        model = tiny_model()
+        model.train()
+
+        def rule(c_R, b_R, df_R, *, b_total, n_docs, generator):
+            seeds.append(generator.initial_seed())
+            return torch.rand(len(c_R), generator=generator)
+
+        optimizer = smf.SparseMemoryOptimizer(model, lr=0.1, rule=rule, seed=seed)
+        for step in range(2):
+            model(**batch(seed=step)).loss.backward()
+            optimizer.step()
+    assert seeds[:4] == seeds[4:8]
+    assert len(set(seeds)) == 8
 
 
 def test_random_is_uniform_over_the_rows_read():
@@ -370,6 +386,17 @@ def test_background_looks_up_any_rows():
 def test_background_does_not_depend_on_padding(other):
     model = double_model()
     assert same_counts(smf.read_background(model, [padded()]), smf.read_background(model, [padded(**other)]))
+
+
+def test_background_reads_left_padded_documents_at_their_own_positions():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 100, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
+    base = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, initializer_range=0.5)).double()
+    model = get_peft_model(base, tiny_config())
+    right, left = padded(), padded(left=True, extra=5)
+    wrong = left | {"position_ids": torch.arange(17).expand(6, 17)}
+    assert same_counts(smf.read_background(model, [right]), smf.read_background(model, [left]))
+    assert not same_counts(smf.read_background(model, [right]), smf.read_background(model, [wrong]))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

@@ -275,8 +275,8 @@ class SparseMemoryModel(BaseTuner):
     prefix = "sparse_memory_"
     tuner_layer_cls = SparseMemoryLayer
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
-        configs: Any = getattr(model, "peft_config", None)  # PEFT adds to it before it injects
+    def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        configs = getattr(model, "peft_config", None)  # PEFT adds to it before it injects
         before = dict(configs or {})
         try:
             refuse_base(model)

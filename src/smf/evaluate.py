@@ -21,8 +21,13 @@ from .tasks import find_task, medmcqa
 
 def token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Cross-entropy `[B, S - 1]` of each next token, in at least float32; zero where there is no label."""
-    logits = logits_BSV[:, :-1].to(torch.promote_types(logits_BSV.dtype, torch.float32))
-    return F.cross_entropy(logits.transpose(1, 2), labels_BS[:, 1:], ignore_index=-100, reduction="none")
+    next_BS = labels_BS[:, 1:]
+    labelled_BS = next_BS != -100
+    logits_LV = logits_BSV[:, :-1][labelled_BS]  # the L positions with a label alone
+    losses_L = F.cross_entropy(
+        logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32)), next_BS[labelled_BS], reduction="none"
+    )
+    return losses_L.new_zeros(next_BS.shape).masked_scatter(labelled_BS, losses_L)
 
 
 @torch.no_grad()

@@ -123,9 +123,10 @@ def save_patch(model: nn.Module, path: str | Path, *, adapter: str | None = None
     except (TypeError, ValueError) as error:
         raise PatchError(f"metadata must be JSON values: {error}") from error
     text = json.dumps(header | {"checksum": json_hash(header)}, sort_keys=True)
+    patch = _patch(json.loads(text), tensors)  # refuses what could not be read back, before it is written
     tensors = {key: tensor.contiguous() for key, tensor in sorted(tensors.items())}
     write_atomically(Path(path), save(tensors, metadata={"smf_patch": text}))
-    return load_patch(path)
+    return patch
 
 
 def load_patch(path: str | Path) -> Patch:

@@ -1,0 +1,101 @@
+"""Every command and example of the README runs as it is written, with small stand-ins for models and data."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from tiny import WORDS, make_base, make_tokenizer, make_world
+
+REPO = Path(__file__).parents[1]
+README = (REPO / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_python_example_runs_and_its_claims_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    import smf
+
+    make_base().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    texts = [" ".join(WORDS[i : i + 20]) for i in range(0, 80, 10)]
+    ids = make_tokenizer()(texts)["input_ids"]
+    (example,) = blocks("python")
+    names = {
+        "base": str(tmp_path / "base"),
+        "general_texts": texts,
+        "args": TrainingArguments(str(tmp_path / "out"), max_steps=2, max_grad_norm=0, report_to=[], use_cpu=True),
+        "data": Dataset.from_dict({"input_ids": ids, "labels": ids}),
+    }
+    exec(example.replace("[10, 12, 14]", "[1, 2]"), names)
+    model = names["model"].eval()
+    inputs = torch.tensor(ids)
+    base = make_base()(inputs).logits
+    assert not torch.equal(model(inputs).logits, base)
+    smf.load_patch("medicine.smf").revert(model)
+    assert torch.equal(model(inputs).logits, base)
+
+
+def test_every_command_is_of_a_kind_that_is_tested():
+    assert commands()
+    for line in commands():
+        assert line.split()[0] in ("pip", "make", "smf"), line
+
+
+@pytest.mark.parametrize("line", [c for c in commands() if c.startswith("make")])
+def test_make_targets_exist(line: str):
+    done = subprocess.run([*shlex.split(line), "--dry-run"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "python" in done.stdout or "smf" in done.stdout
+
+
+@pytest.mark.parametrize("line", [c for c in commands() if c.startswith("pip")])
+def test_extras_exist(line: str):
+    import tomllib
+
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in re.findall(r"\[(\w+)\]", line):
+        assert extra in extras
+
+
+@pytest.mark.parametrize("line", [c for c in commands() if c.startswith("smf compare")])
+def test_smf_commands_run_on_the_real_base_and_data(line: str, shared: Path, tmp_path: Path):
+    arguments = shlex.split(line)[1:]
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "runs")
+    command = [sys.executable, "-m", "smf", *arguments, "--max-steps", "2", "--methods", "smf-kl"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "smf-kl" in done.stdout
+
+
+def test_train_and_eval_commands_named_in_the_text_run(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    assert "`smf train RECIPE --method NAME`" in README
+    assert "`smf eval RECIPE --patch FILE`" in README
+    smf_command = [sys.executable, "-m", "smf"]
+    train = [*smf_command, "train", str(recipe), "--method", "smf", "--max-steps", "2"]
+    subprocess.run(train, check=True, capture_output=True, timeout=200)
+    (patch,) = (tmp_path / "runs").glob("smf-*/patch.smf")
+    done = subprocess.run([*smf_command, "eval", str(recipe), "--patch", str(patch)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "patch.smf" in done.stdout
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (REPO / target).exists(), target
