@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,9 +14,10 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from .decoder import default_layers, find_decoder, refuse_base
-from .errors import ConfigError, SmfError, TrainingError, UnsupportedModelError
+from .errors import ConfigError, SmfError, UnsupportedModelError
 from .fingerprint import base_hash
 from .memory import KINDS, MemoryHost, MemoryShape, ProductKeyMemory
+from .tokens import TokenMask
 
 TRAINED: dict[str, tuple[str, ...]] = {  # kinds that autograd trains; the table is trained through the anchor
     "rows": ("anchor",),
@@ -211,62 +211,6 @@ def _add(out: Any, y: Tensor) -> Any:
     if isinstance(out, tuple):  # some MoE blocks return router scores too
         return (out[0] + y.to(out[0].dtype), *out[1:])
     return out + y.to(out.dtype)
-
-
-class TokenMask:
-    """Which tokens of the current forward pass are not pads; an MLP does not see the attention mask by itself.
-
-    Reads it off the call of the module that owns the decoder layers, through a forward pre-hook.
-    """
-
-    def __init__(self, decoder: nn.Module):
-        self._position = list(inspect.signature(decoder.forward).parameters).index("attention_mask")
-        self._masks: list[Any] = []
-        self._recording = False  # the decoder runs with gradients enabled
-        self._backward = -1  # the backward pass that the decoder runs in; -1: none
-        self._reentrant = False  # a checkpointed layer ran without gradients, and will run again in the backward pass
-        self._again = False  # it has
-        self.handle = decoder.register_forward_pre_hook(self._look, with_kwargs=True)
-
-    def _look(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._recording = torch.is_grad_enabled()
-        if not self._recording:
-            return  # nothing is counted, and an earlier pass may still wait for its backward pass
-        mask = args[self._position] if len(args) > self._position else kwargs.get("attention_mask")
-        waiting = self._reentrant and not self._again
-        self._masks = [*self._masks, mask] if waiting else [mask]
-        self._reentrant, self._again, self._backward = waiting, False, torch._C._current_graph_task_id()
-
-    def flat(self, x: Tensor) -> Tensor | None:
-        """The mask `[T]` (bool) of hidden states `[..., D]`; None where all tokens are real, or no read will count."""
-        if not torch.is_grad_enabled():
-            if not self._recording:
-                return None
-            self._reentrant = True
-        elif torch._C._current_graph_task_id() != self._backward:  # a checkpointed layer runs again
-            if not self._reentrant:
-                return None  # use_reentrant=False: the first run's reads count, with its own mask
-            self._again = True
-            if any(not _equal(mask, self._masks[-1]) for mask in self._masks):
-                raise TrainingError(
-                    "two forward passes with different attention masks before one backward pass: with "
-                    "use_reentrant=True their reads cannot be told apart; checkpoint with use_reentrant=False"
-                )
-        mask = self._masks[-1] if self._masks else None
-        if mask is None:
-            return None
-        tokens = x.shape[:-1].numel()
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.numel() != tokens:
-            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise TrainingError(
-                f"training needs an attention_mask [B, S] with one entry for each of the {tokens} tokens, to tell pads "
-                f"from tokens; got {got}. Pass the 2-D mask, or none if nothing is padded"
-            )
-        return (mask != 0).reshape(-1)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
 
 
 class SparseMemoryModel(BaseTuner):

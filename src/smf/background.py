@@ -102,11 +102,14 @@ class Background:
         if header.get("format") != FORMAT:
             raise BackgroundError(f"{path} has background format {header.get('format')}; this version reads {FORMAT}")
         layers: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            layer, _, column = name.partition(".")
-            layers.setdefault(int(layer), {})[column] = tensor
-        counts = {layer: LayerCounts(**columns) for layer, columns in sorted(layers.items())}
-        return cls(counts, header["n_docs"], header["identity"], header["corpus"])
+        try:
+            for name, tensor in tensors.items():
+                layer, _, column = name.partition(".")
+                layers.setdefault(int(layer), {})[column] = tensor
+            counts = {layer: LayerCounts(**columns) for layer, columns in sorted(layers.items())}
+            return cls(counts, int(header["n_docs"]), str(header["identity"]), str(header["corpus"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BackgroundError(f"{path} is not a whole background: {error!r}") from error
 
 
 def batches_of_texts(texts: Iterable[Any], tokenizer: Any, max_length: int, batch_size: int) -> Iterable[dict]:

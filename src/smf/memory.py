@@ -71,10 +71,10 @@ class MemoryShape:
             "keys": self._uniform(generator, (self.heads, 2, self.n_keys, half), 1 / math.sqrt(self.k_dim)),
             "gate": self._uniform(generator, (d, d), math.sqrt(3 / d)),
             "out": self._uniform(generator, (d, d), math.sqrt(3 / d)),
-            "anchor": torch.zeros(1),
+            "anchor": torch.zeros(1, device="cpu"),
         }
         if self.mode == "additive":
-            tensors["scale"] = torch.full((1,), 1.0 if self.init == "zero" else 0.01)
+            tensors["scale"] = torch.full((1,), 1.0 if self.init == "zero" else 0.01, device="cpu")
         tensors = {kind: tensor.to(self.dtype) for kind, tensor in tensors.items()}
         if self.init == "zero":
             tensors["values"] = torch.zeros(self.n_rows, d, dtype=self.table_dtype, device="cpu")

@@ -288,6 +288,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
 
     def _refuse_wrong_use(self) -> None:
         if hasattr(self, "found_inf"):
+            delattr(self, "found_inf")
             raise TrainingError(
                 "a GradScaler scaled the loss (fp16), but it cannot unscale the rows' gradient; train in bfloat16 "
                 "instead: TrainingArguments(bf16=True) or torch.autocast(..., dtype=torch.bfloat16) without a scaler"
