@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,7 @@ def compare(
 
 def main() -> None:
     """Entry point: errors of ours are one message and exit code 2, without a traceback."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about PEFT's own calls
     commands: dict[str, Callable[..., Any]] = {"train": train, "eval": evaluate, "compare": compare}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="smf", description=__doc__)

@@ -85,7 +85,7 @@ def choice_records(
     option's tokens (arXiv 2605.03229).
     """
     import datasets
-    from lm_eval import simple_evaluate
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -113,9 +113,9 @@ def choice_records(
             max_length=max_length,
             add_bos_token=adds_bos,
         )
-        manager = TaskManager(include_defaults=False)
-        run: Any = simple_evaluate
-        results = run(lm, tasks=[task], task_manager=manager, log_samples=True, bootstrap_iters=0)
+        # not simple_evaluate: it also collects the environment, seconds a call, and seeds every generator
+        loaded: Any = TaskManager(include_defaults=False).load([task])
+        results: Any = lm_eval.evaluate(lm, loaded, log_samples=True, bootstrap_iters=0)
     samples = sorted(results["samples"]["smf_choices"], key=lambda sample: sample["doc_id"])
     return [_choice_record(row, sample, tokenizer) for row, sample in zip(rows, samples, strict=True)]
 
