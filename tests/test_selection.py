@@ -441,7 +441,7 @@ def test_a_truncated_background_file_is_refused(tmp_path: Path, part: float):
 
 def test_files_that_are_no_background_are_refused(tmp_path: Path):
     path = tmp_path / "weights.safetensors"
-    with pytest.raises(smf.BackgroundError, match="no background at"):
+    with pytest.raises(smf.BackgroundError, match="no background file at"):
         smf.Background.load(path)
     save_file({"1.b": torch.ones(3)}, path)
     with pytest.raises(smf.BackgroundError, match="not a background of smf"):

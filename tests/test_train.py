@@ -15,8 +15,9 @@ import smf
 from smf.compare import markdown_table, result_path
 from smf.errors import ConfigError, DataError, SmfError
 from smf.methods import attach
+from smf.prepare import check_output, load, load_base
 from smf.recipe import load_recipe
-from smf.train import check_output, load, load_base, newest_complete, run_method
+from smf.train import newest_complete, run_method
 from tiny import make_base, make_world, write_lines
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -146,7 +147,8 @@ import torch
 torch.set_num_threads(1)
 from transformers import set_seed
 from smf.recipe import load_recipe
-from smf.train import _prepare, fit, load
+from smf.prepare import load
+from smf.train import _prepare, fit
 
 recipe, folder = load_recipe(sys.argv[1]), Path(sys.argv[2])
 loaded = load(recipe)

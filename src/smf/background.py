@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Iterable, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,13 +11,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .errors import BackgroundError
-from .files import write_atomically
+from .files import read_tensors, write_tensors
 from .fingerprint import json_hash, tensor_bytes, tensors_hash
 from .memory import ProductKeyMemory, memory_layers
 from .rows import find
@@ -80,27 +77,16 @@ class Background:
         """Write one safetensors file, atomically."""
         header = {"format": FORMAT, "n_docs": self.n_docs, "identity": self.identity, "corpus": self.corpus}
         tensors = {
-            f"{layer}.{name}": getattr(counts, name).contiguous()
+            f"{layer}.{name}": getattr(counts, name)
             for layer, counts in self.layers.items()
             for name in ("ids", "b", "df")
         }
-        write_atomically(Path(path), save(tensors, metadata={"smf_background": json.dumps(header, sort_keys=True)}))
+        write_tensors(Path(path), tensors, "background", header)
 
     @classmethod
     def load(cls, path: str | Path) -> Background:
         """Read a file written by `save`; anything else raises BackgroundError."""
-        if not Path(path).is_file():
-            raise BackgroundError(f"no background at {path}; make one with smf.read_background(...).save(path)")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("smf_background", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, ValueError, OSError) as error:
-            raise BackgroundError(f"{path} is not a readable background file: {error}") from error
-        if not isinstance(header, dict):
-            raise BackgroundError(f"{path} is a safetensors file, but not a background of smf")
-        if header.get("format") != FORMAT:
-            raise BackgroundError(f"{path} has background format {header.get('format')}; this version reads {FORMAT}")
+        header, tensors = read_tensors(Path(path), "background", FORMAT, BackgroundError)
         layers: dict[int, dict[str, Tensor]] = {}
         try:
             for name, tensor in tensors.items():

@@ -1,11 +1,11 @@
-"""The command `smf`: train, evaluate and compare from a recipe."""
+"""Sparse memory finetuning: train, evaluate and compare methods from a recipe."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,42 +13,45 @@ from .errors import ConfigError, SmfError
 
 try:
     import tyro
-    from tyro.conf import Positional
+    from tyro.conf import OmitArgPrefixes, Positional
 except ImportError:  # the command needs the extra [run]; the library does not
     sys.exit("the command smf needs more packages: pip install 'sparse-memory-finetuning[run]'")
 
 RecipePath = Annotated[Positional[Path], tyro.conf.arg(help="a recipe file, or the name of a shipped one")]
-Base = Annotated[str | None, tyro.conf.arg(help="model folder or hub name, in place of the recipe's")]
-Data = Annotated[str | None, tyro.conf.arg(help='folder with the data sets, or "hub"')]
-Output = Annotated[str | None, tyro.conf.arg(help="folder of the runs")]
-Seed = Annotated[int | None, tyro.conf.arg(help="of data order and initial values")]
-MaxSteps = Annotated[int | None, tyro.conf.arg(help="stop every training after so many steps (to try a recipe)")]
 
 
-def load_with(recipe: Path, base: Any, data: Any, output: Any, seed: Any, max_steps: int | None) -> Any:
-    """A recipe with what the command line overrides."""
-    from .recipe import load_recipe
+@dataclass(frozen=True)
+class Overrides:
+    """Keys of the recipe to replace."""
 
-    loaded = load_recipe(recipe, base=base, data=data, output=output, seed=seed)
-    if max_steps is not None:
-        if max_steps < 1:
-            raise ConfigError(f"--max-steps must be at least 1; got {max_steps}")
-        loaded = replace(loaded, train=replace(loaded.train, steps=max_steps))
-        if loaded.heal is not None:
-            loaded = replace(loaded, heal=replace(loaded.heal, steps=max_steps))
-    return loaded
+    base: str | None = None
+    """Model folder or hub name."""
+    data: str | None = None
+    """Folder with the data sets, or "hub"."""
+    output: str | None = None
+    """Folder of the runs."""
+    seed: int | None = None
+    """Of data order and initial values."""
+    max_steps: int | None = None
+    """Stop every training after so many steps (to try a recipe)."""
+
+    def load(self, path: Path) -> Any:
+        """The recipe at `path` with these keys in place of its own."""
+        from .recipe import load_recipe
+
+        recipe = load_recipe(path, base=self.base, data=self.data, output=self.output, seed=self.seed)
+        if self.max_steps is None:
+            return recipe
+        if self.max_steps < 1:
+            raise ConfigError(f"--max-steps must be at least 1; got {self.max_steps}")
+        heal = recipe.heal and replace(recipe.heal, steps=self.max_steps)
+        return replace(recipe, train=replace(recipe.train, steps=self.max_steps), heal=heal)
 
 
-def train(
-    recipe: RecipePath,
-    /,
-    method: str,
-    base: Base = None,
-    data: Data = None,
-    output: Output = None,
-    seed: Seed = None,
-    max_steps: MaxSteps = None,
-) -> None:
+Options = OmitArgPrefixes[Overrides]
+
+
+def train(recipe: RecipePath, /, method: str, overrides: Options = Overrides()) -> None:
     """Train and score one method of a recipe; a killed run goes on where it stopped.
 
     Args:
@@ -57,7 +60,7 @@ def train(
     from .compare import print_table
     from .train import run_method
 
-    loaded = load_with(recipe, base, data, output, seed, max_steps)
+    loaded = overrides.load(recipe)
     result = run_method(loaded, method)
     if "scores" in result:  # torchrun: the first rank's alone
         print_table([result], f"{method} -> {Path(loaded.output) / loaded.run_id(method)}")
@@ -68,10 +71,9 @@ def evaluate(
     /,
     adapter: str | None = None,
     patch: str | None = None,
-    base: Base = None,
-    data: Data = None,
+    overrides: Options = Overrides(),
 ) -> None:
-    """Score the base of a recipe, or an adapter or patch of it, on the recipe's target and probes.
+    """Score the base of a recipe, and an adapter or patch of it, on the recipe's target and probes.
 
     Args:
         adapter: folder of a saved PEFT adapter (of any method).
@@ -80,31 +82,26 @@ def evaluate(
     from .compare import print_table
     from .train import evaluate_saved
 
-    loaded = load_with(recipe, base, data, None, None, None)
-    results = evaluate_saved(loaded, adapter=adapter, patch=patch)
-    print_table(results, f"{recipe.name} on {loaded.base}")
+    loaded = overrides.load(recipe)
+    print_table(evaluate_saved(loaded, adapter=adapter, patch=patch), f"{recipe.name} on {loaded.base}")
 
 
 def compare(
     recipe: RecipePath,
     /,
     methods: tuple[str, ...] = (),
-    base: Base = None,
-    data: Data = None,
-    output: Output = None,
-    seed: Seed = None,
-    max_steps: MaxSteps = None,
+    overrides: Options = Overrides(),
 ) -> None:
     """Train and score every method of a recipe, and print one table; finished methods are not run again.
 
     Args:
-        methods: only these.
+        methods: names of [methods.NAME] tables; none: all.
     """
     from .compare import compare as run_all
     from .compare import markdown_table, print_table
     from .files import write_atomically
 
-    loaded = load_with(recipe, base, data, output, seed, max_steps)
+    loaded = overrides.load(recipe)
     results = run_all(loaded, methods)
     print_table(results, f"{recipe.name} on {loaded.base}, seed {loaded.seed}")
     write_atomically(Path(loaded.output) / "table.md", markdown_table(results))
@@ -117,9 +114,5 @@ def main() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="smf", description=__doc__)
     except SmfError as error:
-        sys.exit(_report(error))
-
-
-def _report(error: SmfError) -> int:
-    print(f"smf: error: {error}", file=sys.stderr)
-    return 2
+        print(f"smf: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from .errors import ConfigError, TrainingError
 from .files import write_atomically
+from .prepare import load
 from .recipe import Recipe, to_toml
-from .train import load
 
 
 def compare(recipe: Recipe, only: Sequence[str] = ()) -> list[dict[str, Any]]:

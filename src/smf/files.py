@@ -8,6 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write to a temporary file beside `path`, flush it to disk, then rename it over `path`."""
@@ -29,3 +33,35 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, header: dict[str, Any]) -> None:
+    """Write one safetensors file with a JSON header, atomically; equal content gives equal bytes."""
+    ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    write_atomically(path, save(ordered, metadata={f"smf_{kind}": json.dumps(header, sort_keys=True)}))
+
+
+def read_tensors(
+    path: Path, kind: str, newest: int, error: type[Exception]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file by `write_tensors`; raises `error`, saying why, for anything else.
+
+    Args:
+        path: of the file.
+        kind: "patch" or "background".
+        newest: the format number that this version reads.
+        error: class to raise.
+    """
+    if not path.is_file():
+        raise error(f"no {kind} file at {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(f"smf_{kind}", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError, OSError) as cause:
+        raise error(f"{path} is not a readable {kind} file: {cause}") from cause
+    if not isinstance(header, dict):
+        raise error(f"{path} is a safetensors file, but not a {kind} of smf")
+    if header.get("format") != newest:
+        raise error(f"{path} has {kind} format {header.get('format')}; this version reads {newest}; update smf")
+    return header, tensors

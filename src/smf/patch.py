@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from .adapter import SparseMemoryConfig
 from .errors import ConfigError, PatchError
-from .files import write_atomically
+from .files import read_tensors, write_tensors
 from .fingerprint import base_hash, json_hash, tensor_bytes, tensors_hash
 from .memory import MemoryShape, ProductKeyMemory, memory_layers
 
@@ -122,27 +120,15 @@ def save_patch(model: nn.Module, path: str | Path, *, adapter: str | None = None
         header = json.loads(json.dumps(header, allow_nan=False))  # as it will be read back
     except (TypeError, ValueError) as error:
         raise PatchError(f"metadata must be JSON values: {error}") from error
-    text = json.dumps(header | {"checksum": json_hash(header)}, sort_keys=True)
-    patch = _patch(json.loads(text), tensors)  # refuses what could not be read back, before it is written
-    tensors = {key: tensor.contiguous() for key, tensor in sorted(tensors.items())}
-    write_atomically(Path(path), save(tensors, metadata={"smf_patch": text}))
+    header |= {"checksum": json_hash(header)}
+    patch = _patch(header, tensors)  # refuses what could not be read back, before it is written
+    write_tensors(Path(path), tensors, "patch", header)
     return patch
 
 
 def load_patch(path: str | Path) -> Patch:
     """Read a patch file; raises PatchError for anything that is not a whole, unaltered one of a known format."""
-    if not Path(path).is_file():
-        raise PatchError(f"no patch file at {path}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("smf_patch", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise PatchError(f"{path} is not a readable patch file: {error}") from error
-    if not isinstance(header, dict):
-        raise PatchError(f"{path} is a safetensors file, but not a patch of smf")
-    if header.get("format") != FORMAT:
-        raise PatchError(f"{path} has patch format {header.get('format')}; this version reads {FORMAT}; update smf")
+    header, tensors = read_tensors(Path(path), "patch", FORMAT, PatchError)
     about = {key: value for key, value in header.items() if key != "checksum"}
     if header.get("checksum") != json_hash(about) or header.get("tensors") != tensors_hash(tensors):
         raise PatchError(f"{path} was altered: its content does not match its checksum")
