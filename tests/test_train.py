@@ -241,6 +241,9 @@ def test_compare_prints_one_table_and_runs_only_what_is_missing(own_world: Path)
     recipe = load_recipe(own_world)
     table = (Path(recipe.output) / "table.md").read_text()
     assert table.count("\n") == 4 and "| smf |" in table
+    first_summary = json.loads((Path(recipe.output) / "summary.json").read_text())
+    assert [r["method"] for r in first_summary] == ["base", "smf"]
+    assert "records" not in json.dumps(first_summary)
     again = run("compare", own_world, "--methods", "base", "smf", "--max-steps", 2)
     assert again.stdout == first.stdout and "(1 of" not in again.stderr
 

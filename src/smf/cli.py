@@ -98,13 +98,14 @@ def compare(
         methods: names of [methods.NAME] tables; none: all.
     """
     from .compare import compare as run_all
-    from .compare import markdown_table, print_table
-    from .files import write_atomically
+    from .compare import markdown_table, print_table, summary
+    from .files import write_atomically, write_json
 
     loaded = overrides.load(recipe)
     results = run_all(loaded, methods)
     print_table(results, f"{recipe.name} on {loaded.base}, seed {loaded.seed}")
     write_atomically(Path(loaded.output) / "table.md", markdown_table(results))
+    write_json(Path(loaded.output) / "summary.json", summary(results))
 
 
 def main() -> None:

@@ -103,3 +103,14 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
     header, rows = rows_of(results)
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows]) + "\n"
+
+
+def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results without their per-example records, which lie in each run's result.json."""
+    short = []
+    for result in results:
+        scores = result["scores"]
+        target = {k: v for k, v in scores["target"].items() if k != "records"}
+        probes = {name: {k: v for k, v in p.items() if k != "records"} for name, p in scores["probes"].items()}
+        short.append(result | {"scores": {"target": target, "probes": probes}})
+    return short
