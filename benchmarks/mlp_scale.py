@@ -1,6 +1,7 @@
-"""How large are the hidden states that each MLP of a base reads, and what it writes? (`python benchmarks/mlp_scale.py BASE...`)
+"""How large are the hidden states that each MLP of a base reads, and what it writes?
 
-Standard deviations over the tokens of one story; docs/log.md uses them to explain learning rates.
+`python benchmarks/mlp_scale.py BASE...`. Standard deviations over the tokens of one story; docs/log.md uses them to
+explain learning rates.
 """
 
 from __future__ import annotations

@@ -251,7 +251,8 @@ class SparseMemoryModel(BaseTuner):
         if not fresh and found is not None and found != config.base_hash:
             raise UnsupportedModelError(
                 f"this adapter belongs to another base: it was made on {config.base_model_name_or_path!r} with weights "
-                f"hash {str(config.base_hash)[:12]}, this model's weights have {found[:12]}; load the base it names"
+                f"hash {str(config.base_hash)[:12]}, this model's weights have {found[:12]}; load the base it names, "
+                "in float32 or bfloat16 (float16 rounds its weights)"
             )
         config.base_hash = config.base_hash or found
         config.target_modules = names

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .errors import BackgroundError
 from .files import read_tensors, write_tensors
 from .fingerprint import json_hash, tensor_bytes, tensors_hash
-from .memory import ProductKeyMemory, memory_layers
+from .memory import ProductKeyMemory, memory_layers, unwrap
 from .rows import find
 
 FORMAT = 1
@@ -162,6 +161,11 @@ def read_background(
     Raises:
         BackgroundError: no document, no tokenizer for texts, or no memory layer that reads.
     """
+    if isinstance(data, (str, Mapping)) or not isinstance(data, Iterable):
+        raise BackgroundError(f"data must be a list of texts or of batches; got one {type(data).__name__}")
+    if batch_size < 1 or max_length < 1:
+        raise BackgroundError(f"batch_size and max_length must be at least 1; got {batch_size} and {max_length}")
+    model = unwrap(model)
     memories = memory_layers(model, adapter)
     if not memories:
         raise BackgroundError("the model has no memory layers; attach them first with get_peft_model(model, config)")
@@ -176,14 +180,14 @@ def read_background(
     try:
         for batch in tqdm(items, total=batches, desc="background", unit="batch", leave=False):
             n_docs += _read_batch(model, memories, counts, _checked(batch), corpus)
+            if n_docs and any(len(count.ids) == 0 for count in counts.values()):
+                raise BackgroundError("a memory layer read nothing; is its adapter disabled or inactive?")
     finally:
         model.train(was_training)
         for memory in memories.values():
             memory.observer = None
     if n_docs == 0:
         raise BackgroundError("the background has no document with a token in it; pass general texts or batches")
-    if any(len(count.ids) == 0 for count in counts.values()):
-        raise BackgroundError("a memory layer read nothing; is its adapter disabled or inactive?")
     return Background(counts, n_docs, background_identity(memories), corpus.hexdigest())
 
 
@@ -192,7 +196,10 @@ def _checked(batch: Any) -> dict[str, Tensor]:
         raise BackgroundError("data holds texts; pass tokenizer=... or batches of input_ids and attention_mask")
     if not hasattr(batch, "keys") or "input_ids" not in batch:
         raise BackgroundError(f"a batch must be a mapping with input_ids; got {type(batch).__name__}")
-    ids = torch.as_tensor(batch["input_ids"])
+    try:
+        ids = torch.as_tensor(batch["input_ids"])
+    except (TypeError, ValueError) as error:
+        raise BackgroundError(f"input_ids must be one rectangular [B, S] of token ids: {error}") from error
     if ids.dim() != 2:
         raise BackgroundError(f"input_ids must be [B, S]; got {tuple(ids.shape)}")
     mask = batch.get("attention_mask")
@@ -221,7 +228,7 @@ def _read_batch(model: nn.Module, memories: dict, counts: dict, batch: dict[str,
 
     for layer, memory in memories.items():
         memory.observer = observer(layer, memory)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     accepted = inspect.signature(base.forward).parameters
     inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
     inputs |= {"use_cache": False, "logits_to_keep": 1}  # the vocabulary's logits are not needed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -45,7 +46,8 @@ class Overrides:
         if self.max_steps < 1:
             raise ConfigError(f"--max-steps must be at least 1; got {self.max_steps}")
         heal = recipe.heal and replace(recipe.heal, steps=self.max_steps)
-        return replace(recipe, train=replace(recipe.train, steps=self.max_steps), heal=heal)
+        warmup = min(recipe.train.warmup_steps, self.max_steps // 2)
+        return replace(recipe, train=replace(recipe.train, steps=self.max_steps, warmup_steps=warmup), heal=heal)
 
 
 Options = OmitArgPrefixes[Overrides]
@@ -57,13 +59,15 @@ def train(recipe: RecipePath, /, method: str, overrides: Options = Overrides()) 
     Args:
         method: name of a [methods.NAME] table.
     """
-    from .compare import print_table
+    from .compare import print_table, result_path
     from .train import run_method
 
     loaded = overrides.load(recipe)
     result = run_method(loaded, method)
     if "scores" in result:  # torchrun: the first rank's alone
-        print_table([result], f"{method} -> {Path(loaded.output) / loaded.run_id(method)}")
+        bases = [result_path(loaded, name) for name, m in loaded.methods.items() if m.kind == "base" and name != method]
+        before = [json.loads(path.read_text()) for path in bases if path.is_file()]
+        print_table([*before, result], f"{method} -> {result_path(loaded, method).parent}")
 
 
 def evaluate(
@@ -95,7 +99,7 @@ def compare(
     """Train and score every method of a recipe, and print one table; finished methods are not run again.
 
     Args:
-        methods: names of [methods.NAME] tables; none: all.
+        methods: names of [methods.NAME] tables, beside which the base is always shown; none: all.
     """
     from .compare import compare as run_all
     from .compare import markdown_table, print_table, summary

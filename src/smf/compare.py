@@ -25,12 +25,12 @@ def compare(recipe: Recipe, only: Sequence[str] = ()) -> list[dict[str, Any]]:
 
     Args:
         recipe: what to compare.
-        only: names of methods; none: all.
+        only: names of methods, beside which the base is always shown; none: all.
     """
     unknown = [name for name in only if name not in recipe.methods]
     if unknown:
         raise ConfigError(f"the recipe has no [methods.{unknown[0]}]; its methods: {sorted(recipe.methods)}")
-    names = [name for name in recipe.methods if not only or name in only]
+    names = [name for name, m in recipe.methods.items() if not only or name in only or m.kind == "base"]
     output = Path(recipe.output)
     todo = [name for name in names if not result_path(recipe, name).is_file()]
     if todo:
@@ -60,7 +60,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     base = next((r["scores"] for r in results if r["kind"] == "base"), None)
     probes = list(results[0]["scores"]["probes"])
     header = ["method", "target loss", "target acc", *[f"{name} ppl" for name in probes]]
-    header += ["rows changed", "numbers changed", "seconds", "peak MB"]
+    header += ["rows changed", "numbers changed", "trained params", "seconds", "peak MB"]
     rows = []
     for result in results:
         scores = result["scores"]
@@ -72,8 +72,10 @@ def rows_of(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
         for name in probes:
             before = base and base["probes"][name]["perplexity"]
             cells.append(_change(scores["probes"][name]["perplexity"], before, "{:.2f}"))
-        cells += [f"{result['rows_changed']:,}", f"{result['numbers_changed']:,}"]
-        cells += [f"{result['seconds'] + result['heal_seconds']:.0f}", f"{result['peak_memory_mb']:.0f}"]
+        seconds = result["seconds"] + result["heal_seconds"] if "seconds" in result else None
+        took = [result.get(key) for key in ("rows_changed", "numbers_changed", "trained_parameters")]
+        took += [seconds, result.get("peak_memory_mb")]
+        cells += ["-" if number is None else f"{number:,.0f}" for number in took]
         rows.append(cells)
     return header, rows
 
@@ -89,7 +91,8 @@ def _change(after: float, before: float | None, form: str) -> str:
 def print_table(results: Sequence[dict[str, Any]], title: str) -> None:
     """The table, in the terminal."""
     header, rows = rows_of(results)
-    table = Table(title=title, caption="in brackets: change against the base; loss in nats per token")
+    changes = "in brackets: change against the base; " if any(r["kind"] == "base" for r in results) else ""
+    table = Table(title=title, caption=f"{changes}loss in nats per token of the answer as the recipe's loss counts it")
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right")
     for row in rows:

@@ -51,11 +51,20 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
         if not source.hub:
             raise DataError(f"the source {source.path!r} names no hub data set; give --data a folder that has the file")
         where = f"{source.hub} ({source.split})"
-        rows = datasets.load_dataset(source.hub, source.config or None, split=source.split, revision=source.revision)
+        try:
+            rows = datasets.load_dataset(
+                source.hub, source.config or None, split=source.split, revision=source.revision
+            )
+        except Exception as error:  # no network, no such data set, split or revision: many classes
+            raise DataError(
+                f"the hub data set {where} cannot be loaded: {error}. Without the hub, give --data a folder"
+            ) from error
     else:
         file = Path(data) / source.path
         where = str(file)
-        if not source.path or not file.is_file():
+        if not source.path:
+            raise DataError(f"a source of the recipe names no path below --data {data!r}")
+        if not file.is_file():
             raise DataError(f"no data file at {file}; --data must be the folder that has {source.path!r}, or hub")
         try:
             rows = datasets.load_dataset("json", data_files=str(file), split="train")
@@ -65,8 +74,9 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
     missing = [column for column in need if column not in columns]
     if missing:
         raise DataError(f"{where} has no column {missing[0]!r}; its columns are {columns}")
+    if source.limit:
+        rows = rows.select(range(min(source.limit, len(rows))))
     chosen: list[Row] = [dict(row) for row in rows]  # type: ignore[arg-type]
-    chosen = chosen[: source.limit] if source.limit else chosen
     if source.part:
         chosen = [row for row in chosen if part_of(row[source.column], parts, where) == source.part]
     if not chosen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 MEMORY_PREFIX = "sparse_memory_"
+WRAPPERS = re.compile(r"module\.|_orig_mod\.|base_model\.model\.")  # of DDP, torch.compile and PEFT
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
@@ -52,8 +54,8 @@ def is_memory_parameter(name: str) -> bool:
 def _base_parameters(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if not is_memory_parameter(name):
-            for wrapper in ("module.", "_orig_mod.", "base_model.model."):  # DDP, torch.compile, PEFT
-                name = name.removeprefix(wrapper)
+            while (match := WRAPPERS.match(name)) is not None:
+                name = name[match.end() :]
             yield name.replace(".base_layer.", "."), parameter
 
 

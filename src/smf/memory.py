@@ -10,7 +10,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -152,6 +152,14 @@ class _RowSum(torch.autograd.Function):
         return grad_w_TR, torch.zeros_like(ctx.anchor_like), None, None, None
 
 
+def _refuse_float16(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        raise TrainingError(
+            "training under float16 autocast: its loss scaling cannot reach the rows' gradient; train in bfloat16 "
+            "instead: TrainingArguments(bf16=True) or torch.autocast(..., dtype=torch.bfloat16)"
+        )
+
+
 class ProductKeyMemory:
     """One adapter's memory at one decoder layer: a view of its parameters, and what its training keeps.
 
@@ -170,7 +178,7 @@ class ProductKeyMemory:
         adapter: str,
         base_hash: str | None = None,
     ):
-        self.shape = shape
+        self._shape = shape
         self.adapter = adapter
         self.base_hash = base_hash
         self._parameters = parameters
@@ -183,6 +191,11 @@ class ProductKeyMemory:
         # a copy starts without an optimizer: the factors and the promise to consume them stay with the original
         return self.__dict__ | {"_pending": [], "_consumer": None, "observer": None}
 
+    @property
+    def shape(self) -> MemoryShape:
+        """Sizes and start, in the dtypes that the parameters have now (a model may be cast after attaching)."""
+        return replace(self._shape, table_dtype=self.values.dtype, dtype=self.tensor("keys").dtype)
+
     def tensor(self, kind: str) -> Tensor:
         """The parameter of this kind."""
         return self._parameters[kind][self.adapter]
@@ -191,6 +204,16 @@ class ProductKeyMemory:
     def kinds(self) -> list[str]:
         """The kinds of parameter that this memory has (a replacement has no scale)."""
         return [kind for kind in KINDS if self.adapter in self._parameters[kind]]
+
+    @property
+    def trained_kinds(self) -> list[str]:
+        """The kinds that require gradients; the anchor stands for the table."""
+        return [kind for kind in self.kinds if self.tensor(kind).requires_grad]
+
+    @property
+    def attached_dtype(self) -> torch.dtype:
+        """The table's dtype when it was attached."""
+        return self._shape.table_dtype
 
     @property
     def values(self) -> Tensor:
@@ -214,7 +237,7 @@ class ProductKeyMemory:
         Two halves of a head's query score `n_keys` sub-keys each; the K best sums of the K best of both halves are
         the K best of all N pairs (arXiv 1907.05242, section 3.2).
         """
-        shape, dtype = self.shape, x_TD.dtype
+        shape, dtype = self._shape, x_TD.dtype
         T, H, K, n = len(x_TD), shape.heads, shape.knn, shape.n_keys
         query = F.linear(x_TD, self.tensor("query_weight").to(dtype), self.tensor("query_bias").to(dtype))
         query_THPC = query.view(T, H, 2, shape.k_dim // 2)
@@ -239,6 +262,8 @@ class ProductKeyMemory:
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         keep = self._keeper(mask_T) if training and self.trainable and torch.is_grad_enabled() else None
+        if keep is not None and torch.is_autocast_enabled(x.device.type):
+            _refuse_float16(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
             x_TD = x.reshape(-1, x.shape[-1]).to(dtype)
             idx_TR, w_TR = self.search(x_TD)
@@ -247,7 +272,7 @@ class ProductKeyMemory:
             o_TD = _RowSum.apply(w_TR, self.tensor("anchor"), self.values, idx_TR, keep)
             gated_TD = o_TD * F.silu(F.linear(x_TD, self.tensor("gate").to(dtype)))
             y_TD = F.linear(gated_TD, self.tensor("out").to(dtype))
-            if self.shape.mode == "additive":
+            if self._shape.mode == "additive":
                 y_TD = y_TD * self.tensor("scale").to(dtype)
         return y_TD.to(x.dtype).view(x.shape)
 
@@ -257,7 +282,7 @@ class ProductKeyMemory:
         def keep(idx_TR: Tensor, w_TR: Tensor, g_TD: Tensor) -> None:
             if not self.attached:
                 raise TrainingError(
-                    f"the memory at layer {self.shape.layer} is trainable, but no SparseMemoryOptimizer takes its "
+                    f"the memory at layer {self._shape.layer} is trainable, but no SparseMemoryOptimizer takes its "
                     "gradient, so training would change nothing. Make one and give it to the loop: "
                     "Trainer(..., optimizers=(smf.SparseMemoryOptimizer(model, background, lr=...), None)); "
                     "to train something else beside a frozen memory, load it with is_trainable=False."
@@ -270,7 +295,7 @@ class ProductKeyMemory:
     def rows_per_step(self) -> int | None:
         """Rows that a step of the attached optimizer updates (all rows: N); None without an optimizer."""
         consumer = None if self._consumer is None else self._consumer()
-        return None if consumer is None else min(consumer.rows_per_step, self.shape.n_rows)
+        return None if consumer is None else min(consumer.rows_per_step, self._shape.n_rows)
 
     @property
     def attached(self) -> bool:
@@ -301,6 +326,17 @@ class MemoryHost(nn.Module):
     layer: int
     memories: dict[str, ProductKeyMemory]
     active_adapters: Any  # list[str]; PEFT's property
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP's and torch.compile's wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def memory_layers(model: nn.Module, adapter: str | None = None) -> dict[int, ProductKeyMemory]:

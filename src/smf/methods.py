@@ -14,7 +14,7 @@ from torch import nn
 from .adapter import SparseMemoryConfig, set_train
 from .background import read_background
 from .optimizer import SparseMemoryOptimizer
-from .patch import save_patch
+from .patch import Patch, save_patch
 from .recipe import MemoryOptions, Method, Recipe
 
 
@@ -26,12 +26,14 @@ class Prepared:
         model: the base, with whatever the method adds.
         optimizer: None for the base.
         max_grad_norm: what the training loop clips to; 0 where the optimizer clips by itself.
+        trained: numbers that training may change (of a memory: its whole tables, and what else trains).
         save: writes the result into a folder and returns what it changed: `rows_changed`, `numbers_changed`.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     max_grad_norm: float
+    trained: int
     save: Callable[[Path], dict[str, int]]
 
 
@@ -43,7 +45,7 @@ def memory_config(options: MemoryOptions, seed: int, train: str = "rows") -> Spa
 
 def base(model: nn.Module, method: Method, recipe: Recipe) -> Prepared:
     """The untouched base: what the other rows are compared with."""
-    return Prepared(model, None, 0.0, lambda folder: {"rows_changed": 0, "numbers_changed": 0})
+    return Prepared(model, None, 0.0, 0, lambda folder: {"rows_changed": 0, "numbers_changed": 0})
 
 
 def full(model: nn.Module, method: Method, recipe: Recipe) -> Prepared:
@@ -65,14 +67,15 @@ def lora(model: Any, method: Method, recipe: Recipe) -> Prepared:
 
 
 def _dense(model: Any, method: Method, recipe: Recipe) -> Prepared:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=method.lr, weight_decay=recipe.train.weight_decay)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = sum(p.numel() for p in parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=method.lr, weight_decay=recipe.train.weight_decay)
 
     def save(folder: Path) -> dict[str, int]:
         model.save_pretrained(folder / "model")
-        return {"rows_changed": 0, "numbers_changed": sum(p.numel() for p in trained)}
+        return {"rows_changed": 0, "numbers_changed": trained}
 
-    return Prepared(model, optimizer, recipe.train.max_grad_norm, save)
+    return Prepared(model, optimizer, recipe.train.max_grad_norm, trained, save)
 
 
 def healing(model: Any, recipe: Recipe) -> Prepared:
@@ -92,12 +95,19 @@ def healing(model: Any, recipe: Recipe) -> Prepared:
         model.save_pretrained(folder)
         return {"rows_changed": 0, "numbers_changed": 0}
 
-    return Prepared(model, optimizer, 0.0, save)
+    return Prepared(model, optimizer, 0.0, model.get_nb_trainable_parameters()[0], save)
 
 
 def attach(model: Any, method: Method, recipe: Recipe) -> Any:
     """The base with the method's memory at its start."""
     return get_peft_model(model, memory_config(method.memory or recipe.memory, recipe.seed, method.train))
+
+
+def counts(patch: Patch) -> dict[str, int]:
+    """How many rows and numbers a patch changes."""
+    numbers = sum(new.numel() for new in patch.new.values())
+    numbers += sum(t.numel() for others in patch.new_others.values() for t in others.values())
+    return {"rows_changed": sum(len(ids) for ids in patch.rows.values()), "numbers_changed": numbers}
 
 
 def smf(model: Any, method: Method, recipe: Recipe, *, tokenizer: Any, background_texts: Sequence[str]) -> Prepared:
@@ -127,9 +137,6 @@ def smf(model: Any, method: Method, recipe: Recipe, *, tokenizer: Any, backgroun
     def save(folder: Path) -> dict[str, int]:
         model.save_pretrained(folder / "adapter")
         patch = save_patch(model, folder / "patch.smf", method=asdict(method), seed=recipe.seed)
-        rows = sum(len(ids) for ids in patch.rows.values())
-        numbers = sum(new.numel() for new in patch.new.values())
-        numbers += sum(t.numel() for others in patch.new_others.values() for t in others.values())
-        return {"rows_changed": rows, "numbers_changed": numbers}
+        return counts(patch)
 
-    return Prepared(model, optimizer, 0.0, save)
+    return Prepared(model, optimizer, 0.0, model.get_nb_trainable_parameters()[0], save)

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ranks
-from .background import Background, background_identity
-from .errors import BackgroundError, ConfigError, TrainingError
+from . import ranks, refusals
+from .background import Background
+from .errors import ConfigError, TrainingError
+from .fingerprint import is_memory_parameter
 from .memory import Factors, Journal, ProductKeyMemory, memory_layers, seeded
 from .rows import RowStore, find
-from .selection import NEED_BACKGROUND, ReadsKind, Rule, count_reads, find_rule, score_rows, select_rows
+from .selection import ReadsKind, Rule, count_reads, find_rule, score_rows, select_rows
 
 UpdateKind = Literal["adam", "sgd", "masked-adam"]
 
@@ -116,20 +117,29 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         adapter: str | None = None,
     ):
+        refusals.check_model(model)
         self.memories = memory_layers(model, adapter)
-        _check_memories(self.memories, adapter)
-        _check_rows_per_step(rows_per_step)
-        _check_names(reads=(reads, ("hits", "gradient")), update=(update, ("adam", "sgd", "masked-adam")))
-        _check_names(select_every=(select_every, ("step", "micro")))
-        _check_numbers(lr=lr, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm, lr_other=lr_other)
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(f"betas must be two numbers in [0, 1); got {betas!r}")
+        refusals.check_memories(self.memories)
+        refusals.check_numbers(
+            rows_per_step,
+            betas,
+            lr=lr,
+            eps=eps,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            lr_other=lr_other,
+        )
+        refusals.check_names(
+            reads=(reads, ("hits", "gradient")),
+            update=(update, ("adam", "sgd", "masked-adam")),
+            select_every=(select_every, ("step", "micro")),
+        )
         if any(memory.tensor("keys").requires_grad for memory in self.memories.values()):
-            _check_healing(rule, background)
+            refusals.check_healing(rule, background)
             rule = "all"
         self.rule, self.background = rule, background
         self._score = find_rule(rule)
-        _check_background(rule, background, self.memories)
+        refusals.check_background(rule, background, self.memories)
         every_row = max(memory.shape.n_rows for memory in self.memories.values())
         self.rows_per_step = every_row if self._score is None else rows_per_step
         self.reads_kind: ReadsKind = reads
@@ -140,8 +150,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
 
         self._trained = {layer: _trained_ids(memory) for layer, memory in self.memories.items()}
         anchors = [memory.tensor("anchor") for memory in self.memories.values()]
-        self._anchor_ids = {id(anchor) for anchor in anchors}
-        others = [p for p in model.parameters() if p.requires_grad and id(p) not in self._anchor_ids]
+        others = _other_parameters(model, self.memories)
         groups: list[dict[str, Any]] = [{"params": anchors, "lr": lr}]
         if others:
             groups.append({"params": others, "lr": lr if lr_other is None else lr_other})
@@ -297,11 +306,18 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             if not memory.belongs_to(self):
                 raise TrainingError("another SparseMemoryOptimizer was made for this model later; step that one")
             if _trained_ids(memory) != self._trained[layer]:
-                now = [kind for kind in memory.kinds if memory.tensor(kind).requires_grad]
                 raise TrainingError(
-                    f"what trains at layer {layer} changed after the optimizer was made (now {now}); "
+                    f"what trains at layer {layer} changed after the optimizer was made (now {memory.trained_kinds}); "
                     "make a new SparseMemoryOptimizer after smf.set_train, set_adapter or loading an adapter"
                 )
+
+    def _made_for(self) -> dict[str, Any]:
+        """What a state must fit: the update, and of each layer the table's size and what trains."""
+        layers = {
+            str(layer): {"table": list(memory.values.shape), "trains": memory.trained_kinds}
+            for layer, memory in self.memories.items()
+        }
+        return {"update": self.update, "layers": layers}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-identical resume needs beside the model: tensors and plain values only."""
@@ -319,7 +335,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         return super().state_dict() | {
             "sparse_memory": {
                 "steps": self.steps,
-                "update": self.update,
+                "made_for": self._made_for(),
                 "layers": layers,
                 "inner": {name: adamw.state_dict() for name, adamw in inner.items() if adamw is not None},
             }
@@ -330,12 +346,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         mine = state_dict.get("sparse_memory")
         if mine is None:
             raise ConfigError("this is not the state of a SparseMemoryOptimizer")
-        layers = [str(layer) for layer in self.memories]
-        if mine["update"] != self.update or list(mine["layers"]) != layers:
-            raise ConfigError(
-                f"the state is of update={mine['update']!r} at layers {list(mine['layers'])}; "
-                f"this optimizer has update={self.update!r} at layers {layers}"
-            )
+        if mine["made_for"] != self._made_for():
+            raise ConfigError(f"the state was made for {mine['made_for']}; this optimizer is for {self._made_for()}")
         super().load_state_dict(state_dict)
         self.steps = mine["steps"]
         for layer, memory in self.memories.items():
@@ -348,6 +360,13 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         for name, adamw in (("others", self._other_adamw), ("tables", self._table_adamw)):
             if adamw is not None:
                 adamw.load_state_dict(copy.deepcopy(mine["inner"][name]))  # torch would share its tensors
+
+
+def _other_parameters(model: nn.Module, memories: dict[int, ProductKeyMemory]) -> list[nn.Parameter]:
+    """What trains beside the tables: not the anchors, and nothing of other adapters' memories."""
+    kept = {id(t) for memory in memories.values() for t in memory.others().values()}
+    foreign = {id(p) for name, p in model.named_parameters() if is_memory_parameter(name) and id(p) not in kept}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in foreign]
 
 
 def round_to_bfloat16(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -371,63 +390,3 @@ def _journal(memory: ProductKeyMemory, *, whole_table: bool) -> Journal:
     others = {kind: tensor.detach().clone() for kind, tensor in memory.others().items()}
     table = memory.values.detach().clone() if whole_table else None
     return Journal(RowStore(old=memory.values.detach()[:0]), others, table)
-
-
-# -- refusals at construction -----------------------------------------------------------------------------------------
-
-
-def _check_memories(memories: dict[int, ProductKeyMemory], adapter: str | None) -> None:
-    if not memories:
-        raise ConfigError(
-            "the model has no memory layers; attach them first: get_peft_model(model, SparseMemoryConfig())"
-        )
-    if not all(memory.trainable for memory in memories.values()):
-        raise ConfigError(
-            f"the memory of adapter {next(iter(memories.values())).adapter!r} is frozen; load it with "
-            "PeftModel.from_pretrained(..., is_trainable=True), or make it the active adapter with set_adapter"
-        )
-
-
-def _check_rows_per_step(rows_per_step: object) -> None:
-    if isinstance(rows_per_step, bool) or not isinstance(rows_per_step, int) or rows_per_step < 1:
-        raise ConfigError(f"rows_per_step must be a whole number of at least 1; got {rows_per_step!r}")
-
-
-def _check_names(**options: tuple[str, tuple[str, ...]]) -> None:
-    for name, (value, allowed) in options.items():
-        if value not in allowed:
-            raise ConfigError(f"{name}={value!r} is not known; use one of {list(allowed)}")
-
-
-def _check_numbers(**numbers: float | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and not 0 <= number < float("inf"):
-            raise ConfigError(f"{name} must be a finite number of at least 0; got {number!r}")
-
-
-def _check_healing(rule: str | Rule, background: Background | None) -> None:
-    if background is not None or rule not in ("all", "kl"):
-        raise ConfigError(
-            f'the model is set to train="memory" (healing), which trains its table by rule="all" without a background; '
-            f'got rule={rule!r}. To train rows, call smf.set_train(model, "rows") first'
-        )
-
-
-def _check_background(rule: str | Rule, background: Background | None, memories: dict[int, ProductKeyMemory]) -> None:
-    if background is None:
-        if rule in NEED_BACKGROUND:
-            raise BackgroundError(
-                f"rule={rule!r} weighs the step's reads against general text and needs a background: pass "
-                'smf.read_background(model, texts, tokenizer=tokenizer), or use rule="tf", "random" or "all"'
-            )
-        return
-    if not isinstance(background, Background):
-        raise BackgroundError(
-            f"background must come from smf.read_background or Background.load; got {type(background).__name__}"
-        )
-    if background.identity != background_identity(memories):
-        raise BackgroundError(
-            f"the background belongs to another base, config, query or keys than this model: it is of layers "
-            f"{list(background.layers)}, identity {background.identity[:12]}; the model has layers {list(memories)}. "
-            "Read it again with this model"
-        )

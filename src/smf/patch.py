@@ -104,7 +104,12 @@ def save_patch(model: nn.Module, path: str | Path, *, adapter: str | None = None
             tensors[f"{layer}.old"] = old
             tensors |= {f"{layer}.{kind}.old": tensor for kind, tensor in old_others.items()}
         frozen = {k: t for k, t in memory.others().items() if k not in new_others}
-        layers[str(layer)] = {"from_start": from_start, "frozen": tensors_hash(frozen), "others": sorted(new_others)}
+        layers[str(layer)] = {
+            "start": tensors_hash(start),
+            "from_start": from_start,
+            "frozen": tensors_hash(frozen),
+            "others": sorted(new_others),
+        }
     header = {
         "format": FORMAT,
         "base": config.base_model_name_or_path,
@@ -149,6 +154,11 @@ def _patch(header: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
         others = {kind: tensors[f"{key}.{kind}.new"] for kind in about["others"]}
         if about["from_start"]:
             start = shape.start()
+            if tensors_hash(start) != about["start"]:
+                raise PatchError(
+                    f"layer {layer}: the start that config and seed give here is not what the patch was trained from; "
+                    "this machine or torch draws other initial values"
+                )
             old, old_others = start["values"][rows], {kind: start[kind] for kind in others}
         else:
             old, old_others = tensors[f"{key}.old"], {kind: tensors[f"{key}.{kind}.old"] for kind in others}

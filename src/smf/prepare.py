@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ from .data import Example, encode, keep_answered, load_rows
 from .decoder import default_layers, find_decoder
 from .errors import ConfigError, DataError
 from .evaluate import ScoredSets, probe_examples
-from .files import write_atomically
 from .recipe import Recipe, Source
 from .selection import find_rule
 from .tasks import find_task
@@ -36,38 +37,43 @@ def load(recipe: Recipe) -> Loaded:
     """Load and check all that the recipe names, but for the base's weights; raises before hours of work."""
     check_output(Path(recipe.output))
     check_models(recipe)
-    tokenizer = load_tokenizer(recipe)
+    tokenizer, scored = load_scored(recipe)
     task = find_task(recipe.target.task)
-    if not hasattr(task, "response"):
-        raise ConfigError(f"task {recipe.target.task!r} can be a probe, but not a target: it has no answers to learn")
-    length = recipe.train.max_length
-
-    def target_rows(source: Source) -> list[Any]:
-        rows = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
-        return task.select(rows, source.path or source.hub)
-
-    def answered(rows: list[Any], *, explanation: bool) -> list[Example]:
-        texts = [(str(row["id"]), task.prompt(row), task.response(row, explanation=explanation)) for row in rows]
-        examples = [encode(tokenizer, *text, length, end=True) for text in texts]
-        return keep_answered(examples, recipe.train.too_long, length)
-
-    eval_rows = target_rows(recipe.target.eval)
-    train = answered(target_rows(recipe.target.train), explanation=recipe.target.explanation)
-    overlap = {e.id for e in train} & {str(row["id"]) for row in eval_rows}
+    need = (*task.COLUMNS, "exp") if recipe.target.explanation else task.COLUMNS
+    train = _answered(recipe, tokenizer, _target_rows(recipe, recipe.target.train, need), recipe.target.explanation)
+    overlap = {e.id for e in train} & {str(row["id"]) for row in scored.target_rows}
     if overlap:
         raise DataError(f"{len(overlap)} rows are both trained and scored, such as id {min(overlap)!r}")
-    scored = ScoredSets(
-        target_examples=answered(eval_rows, explanation=False),
-        target_rows=eval_rows,
-        probes={name: probe_examples(recipe, name, probe, tokenizer) for name, probe in recipe.probes.items()},
-    )
     background = [] if recipe.background is None else _texts(recipe, recipe.background.source)
     healing: list[Example] = []
     if recipe.heal is not None and any(method.heal for method in recipe.methods.values()):
         source = recipe.heal.source
         rows = load_rows(source, recipe.data, recipe.parts, [source.column])
-        healing = find_task("perplexity").examples(rows, source.column, tokenizer, length)
+        healing = find_task("perplexity").examples(rows, source.column, tokenizer, recipe.train.max_length)
     return Loaded(tokenizer, train, scored, background, healing)
+
+
+def load_scored(recipe: Recipe) -> tuple[Any, ScoredSets]:
+    """The tokenizer and what the recipe scores, checked."""
+    tokenizer = load_tokenizer(recipe)
+    task = find_task(recipe.target.task)
+    if not hasattr(task, "response"):
+        raise ConfigError(f"task {recipe.target.task!r} can be a probe, but not a target: it has no answers to learn")
+    rows = _target_rows(recipe, recipe.target.eval, task.COLUMNS)
+    probes = {name: probe_examples(recipe, name, probe, tokenizer) for name, probe in recipe.probes.items()}
+    return tokenizer, ScoredSets(_answered(recipe, tokenizer, rows, False), rows, probes)
+
+
+def _target_rows(recipe: Recipe, source: Source, need: Sequence[str]) -> list[Any]:
+    rows = load_rows(source, recipe.data, recipe.parts, need)
+    return find_task(recipe.target.task).select(rows, source.path or source.hub)
+
+
+def _answered(recipe: Recipe, tokenizer: Any, rows: list[Any], explanation: bool) -> list[Example]:
+    task, length = find_task(recipe.target.task), recipe.train.max_length
+    texts = [(str(row["id"]), task.prompt(row), task.response(row, explanation=explanation)) for row in rows]
+    examples = [encode(tokenizer, *text, length, end=True) for text in texts]
+    return keep_answered(examples, recipe.train.too_long, length)
 
 
 def _texts(recipe: Recipe, source: Source) -> list[str]:
@@ -79,8 +85,7 @@ def check_output(folder: Path) -> None:
     """Refuse an output folder that cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ".smf_writable", "")
-        (folder / ".smf_writable").unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(f"output = {str(folder)!r} cannot be written: {error}; give another --output") from error
 

@@ -204,8 +204,10 @@ class Recipe:
 
 def find_recipe(path: str | Path) -> Path:
     """The file at `path`, or the shipped recipe of that file name."""
-    shipped = SHIPPED / Path(path).name
-    for candidate in (Path(path), shipped, shipped.with_suffix(".toml")):
+    candidates = [Path(path)]
+    if Path(path).parent in (Path(), Path("recipes")):  # a mistyped folder must not find another file of that name
+        candidates += [SHIPPED / Path(path).name, (SHIPPED / Path(path).name).with_suffix(".toml")]
+    for candidate in candidates:
         if candidate.is_file():
             return candidate
     names = sorted(p.name for p in SHIPPED.glob("*.toml"))
@@ -296,13 +298,23 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+AT_LEAST_ONE = {"batch_size", "micro_batch_size", "max_length", "save_every", "eval_batch_size", "rows_per_step", "r"}
+
+
+def _check_numbers(table: dict[str, Any], where: str) -> None:
+    """Every number of a recipe is finite and not negative (but for layer indices, which the model checks)."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            _check_numbers(value, f"{where}: {key}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            least = 1 if key in AT_LEAST_ONE else 0
+            if not least <= value < float("inf"):
+                raise ConfigError(f"{where}: {key} = {value}; expected a finite number of at least {least}")
+
+
 def _check(recipe: Recipe, where: str) -> None:
     train = recipe.train
-    whole = {"batch_size": train.batch_size, "micro_batch_size": train.micro_batch_size, "max_length": train.max_length}
-    whole |= {"save_every": train.save_every, "eval_batch_size": recipe.eval_batch_size}
-    for name, value in whole.items():
-        if value < 1:
-            raise ConfigError(f"{where}: {name} = {value}; expected at least 1")
+    _check_numbers(dataclasses.asdict(recipe), where)
     if train.batch_size % train.micro_batch_size:
         raise ConfigError(
             f"{where}: batch_size = {train.batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}"
@@ -314,8 +326,6 @@ def _check(recipe: Recipe, where: str) -> None:
     for name, method in recipe.methods.items():
         if method.kind != "base" and method.lr <= 0:
             raise ConfigError(f"{where}: [methods.{name}] lr = {method.lr}; expected a number above 0")
-        if method.rows_per_step < 1:
-            raise ConfigError(f"{where}: [methods.{name}] rows_per_step = {method.rows_per_step}; expected at least 1")
         if method.heal and recipe.heal is None:
             raise ConfigError(f"{where}: [methods.{name}] heal = true needs a [heal] table that says on what text")
         if method.kind == "smf" and method.rule in ("kl", "tfidf") and recipe.background is None:

@@ -118,7 +118,7 @@ def score_rows(
     """Scores `[R]` of the rows read; without a background every row counts as never read by general text."""
     device = reads.c_R.device
     if background is None:
-        b_R = df_R = torch.zeros_like(reads.c_R)
+        b_R, df_R = torch.zeros_like(reads.c_R), torch.zeros_like(reads.c_R)
         b_total, n_docs = n_rows, 0
     else:
         b_R, df_R = background.at(layer, reads.rows_R)

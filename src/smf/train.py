@@ -27,7 +27,7 @@ from .evaluate import score, token_loss
 from .files import write_atomically, write_json
 from .optimizer import SparseMemoryOptimizer
 from .patch import load_patch
-from .prepare import Loaded, load, load_base
+from .prepare import Loaded, load, load_base, load_scored
 from .recipe import Method, Recipe, to_toml
 
 COMPLETE = "smf_complete.json"  # written into a checkpoint after everything else: what has it can be resumed from
@@ -40,13 +40,20 @@ def mean_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | i
 
 
 class RunTrainer(Trainer):
-    """Trainer that marks a checkpoint as complete once everything is in it."""
+    """Trainer that marks a checkpoint as complete once everything is in it, with the seconds it took to get there."""
+
+    seconds_before = 0.0  # of killed processes
+    started = 0.0
+
+    def seconds(self) -> float:
+        """Spent on training so far, without what killed processes lost."""
+        return self.seconds_before + time.perf_counter() - self.started
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-            write_json(folder / COMPLETE, {"step": self.state.global_step})
+            write_json(folder / COMPLETE, {"step": self.state.global_step, "seconds": self.seconds()})
 
 
 def is_main() -> bool:
@@ -66,13 +73,20 @@ def newest_complete(folder: Path, *, tidy: bool) -> Path | None:
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut off by a crash
+        return math.inf
+
+
 class MetricsFile(TrainerCallback):
     """Appends what Trainer logs to metrics.jsonl, with the row optimizer's own norm and counts."""
 
     def __init__(self, path: Path, optimizer: torch.optim.Optimizer | None, resumed_at: int):
         self.path, self.optimizer = path, optimizer
         lines = path.read_text().splitlines() if path.is_file() and resumed_at else []
-        kept = [line for line in lines if json.loads(line)["step"] <= resumed_at]
+        kept = [line for line in lines if _step(line) <= resumed_at]
         if is_main():
             write_atomically(path, "".join(f"{line}\n" for line in kept))
 
@@ -100,7 +114,7 @@ def fit(
     loss: str,
     name: str,
 ) -> float:
-    """Train for `steps` steps, resuming where a killed run stopped; returns seconds spent in this process.
+    """Train for `steps` steps, resuming where a killed run stopped; returns the seconds it took, killed ones included.
 
     Args:
         prepared: model and optimizer.
@@ -151,9 +165,11 @@ def fit(
         optimizers=(prepared.optimizer, None),
         callbacks=[MetricsFile(folder / "metrics.jsonl", prepared.optimizer, done)],
     )
-    start = time.perf_counter()
+    if checkpoint is not None:
+        trainer.seconds_before = json.loads((checkpoint / COMPLETE).read_text())["seconds"]
+    trainer.started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return time.perf_counter() - start
+    return trainer.seconds()
 
 
 def steps_of(steps: int, epochs: float, examples: int, batch_size: int) -> int:
@@ -192,9 +208,10 @@ def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None) -> dict[
     result: dict[str, Any] = {"method": name, "kind": method.kind, "seed": recipe.seed, "steps": steps}
     if not is_main():
         return result
+    result["peak_memory_mb"] = peak_memory_mb()  # of loading and training, before scoring adds its own
     result["scores"] = score(prepared.model, loaded.tokenizer, recipe, loaded.scored)
     result |= prepared.save(folder)
-    result |= {"seconds": seconds, "heal_seconds": heal_seconds, "peak_memory_mb": peak_memory_mb()}
+    result |= {"trained_parameters": prepared.trained, "seconds": seconds, "heal_seconds": heal_seconds}
     result["provenance"] = provenance(recipe)
     write_json(result_file, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -224,8 +241,11 @@ def _prepare(recipe: Recipe, name: str, method: Method, loaded: Loaded, folder: 
                 loss="full",
                 name=f"{name}, healing",
             )
-            prepared.save(healed)
-            write_json(healed / COMPLETE, {"seconds": seconds})
+            if is_main():
+                prepared.save(healed)
+                write_json(healed / COMPLETE, {"seconds": seconds})
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
             model = load_base(recipe)
         seconds = json.loads((healed / COMPLETE).read_text())["seconds"]
         model = PeftModel.from_pretrained(model, healed, is_trainable=True)
@@ -259,24 +279,21 @@ def evaluate_saved(recipe: Recipe, *, adapter: str | None, patch: str | None) ->
     """Scores of the base, and of a saved adapter or patch of it where one is given, in the form of results."""
     if adapter is not None and patch is not None:
         raise ConfigError("give --adapter or --patch, not both")
-    loaded = load(recipe)
-    model = load_base(recipe)
-    results = [_scored("base", "base", model, recipe, loaded)]
-    if adapter is not None:
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise ConfigError(f"--adapter {adapter!r} is not a folder with an adapter_config.json")
-        model = PeftModel.from_pretrained(model, adapter)
-        results.append(_scored(Path(adapter).name, "adapter", model, recipe, loaded))
-    if patch is not None:
-        file = load_patch(patch)
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter {adapter!r} is not a folder with an adapter_config.json")
+    file = None if patch is None else load_patch(patch)
+    tokenizer, sets = load_scored(recipe)
+    model: Any = load_base(recipe)
+    if adapter is None and file is None:
+        return [{"method": "base", "kind": "base", "scores": score(model, tokenizer, recipe, sets)}]
+    # attach first, so that what does not fit is refused before the base is scored
+    if file is None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+        result: dict[str, Any] = {"method": Path(str(adapter)).name, "kind": "adapter"}
+    else:
         model = get_peft_model(model, file.config)
         file.apply(model)
-        results.append(_scored(Path(patch).name, "patch", model, recipe, loaded))
-        results[-1]["rows_changed"] = sum(len(rows) for rows in file.rows.values())
-    return results
-
-
-def _scored(name: str, kind: str, model: Any, recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
-    scores = score(model, loaded.tokenizer, recipe, loaded.scored)
-    nothing = {"rows_changed": 0, "numbers_changed": 0, "seconds": 0.0, "heal_seconds": 0.0}
-    return {"method": name, "kind": kind, "scores": scores, "peak_memory_mb": peak_memory_mb()} | nothing
+        result = {"method": Path(str(patch)).name, "kind": "patch"} | methods.counts(file)
+    with model.disable_adapter():
+        base = {"method": "base", "kind": "base", "scores": score(model, tokenizer, recipe, sets)}
+    return [base, result | {"scores": score(model, tokenizer, recipe, sets)}]

@@ -9,7 +9,7 @@ from ..errors import DataError
 
 LETTERS = "ABCD"
 OPTIONS = ("opa", "opb", "opc", "opd")
-COLUMNS = ("id", "question", *OPTIONS, "cop", "choice_type")
+COLUMNS = ("id", "question", *OPTIONS, "cop", "choice_type")  # and "exp", where explanations are learned
 
 
 def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
