@@ -359,8 +359,9 @@ def test_healing_refuses_another_rule(options):
 def test_healing_refuses_a_background():
     model = tiny_model(train="memory")
     background = smf.read_background(model, [padded()])
-    with pytest.raises(smf.ConfigError, match="without a background"):
+    with pytest.raises(smf.ConfigError, match="rule='kl' and a background"):
         smf.SparseMemoryOptimizer(model, background, lr=0.1)
+    assert smf.SparseMemoryOptimizer(model, background, lr=0.1, rule="all").rule == "all"
 
 
 @pytest.mark.parametrize(
@@ -609,10 +610,45 @@ def test_a_foreign_state_is_refused():
     optimizer = optimizer_of(tiny_model())
     with pytest.raises(smf.ConfigError, match="not the state of a SparseMemoryOptimizer"):
         optimizer.load_state_dict(torch.optim.SGD([torch.zeros(1)], lr=0.1).state_dict())
-    with pytest.raises(smf.ConfigError, match=r"update='sgd'.*update='adam'"):
+    with pytest.raises(smf.ConfigError, match=r"'update': 'sgd'.*'update': 'adam'"):
         optimizer.load_state_dict(optimizer_of(tiny_model(), update="sgd").state_dict())
     with pytest.raises(smf.ConfigError, match="layers"):
         optimizer.load_state_dict(optimizer_of(tiny_model(layers=[1, 3])).state_dict())
+    with pytest.raises(smf.ConfigError, match=r"'table': \[64, 32\].*'table': \[256, 32\]"):
+        optimizer.load_state_dict(optimizer_of(tiny_model(n_keys=8)).state_dict())
+    with pytest.raises(smf.ConfigError, match=r"'trains': \['scale', 'anchor'\]"):
+        optimizer.load_state_dict(optimizer_of(tiny_model(train="rows+scale")).state_dict())
+
+
+def test_what_is_no_model_and_no_number_is_refused_by_name():
+    with pytest.raises(smf.ConfigError, match="takes the model itself"):
+        smf.SparseMemoryOptimizer(tiny_model().parameters(), lr=0.1, rule="tf")
+    for options in ({"lr": "1e-2"}, {"lr": 0.1, "betas": None}, {"lr": float("nan")}, {"lr": 0.1, "eps": -1.0}):
+        with pytest.raises(smf.ConfigError, match=r"lr|betas|eps"):
+            smf.SparseMemoryOptimizer(tiny_model(), rule="tf", **options)
+
+
+def test_memory_that_lost_precision_by_a_cast_is_refused():
+    with pytest.raises(smf.ConfigError, match=r"attached in torch.float32 and cast to torch.bfloat16"):
+        optimizer_of(tiny_model().bfloat16())
+
+
+def test_optimizers_of_two_active_adapters_share_no_parameter():
+    model = tiny_model(train="rows+scale")
+    model.add_adapter("b", tiny_config(train="rows+scale", seed=1))
+    model.base_model.set_adapter(["default", "b"])
+    groups = [optimizer_of(model, adapter=name).param_groups for name in ("default", "b")]
+    ids = [{id(p) for group in g for p in group["params"]} for g in groups]
+    assert not ids[0] & ids[1]
+    assert len(ids[0]) == len(ids[1]) == 4
+
+
+def test_float16_autocast_is_refused_before_anything_trains():
+    model = tiny_model()
+    optimizer_of(model)
+    model.train()
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(smf.TrainingError, match="bfloat16"):
+        model(**batch())
 
 
 # -- select_every -----------------------------------------------------------------------------------------------------

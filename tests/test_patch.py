@@ -540,12 +540,40 @@ def test_a_model_without_memory_has_no_patch(tmp_path: Path):
         smf.save_patch(tiny_base(), tmp_path / "a.smf")
 
 
-def test_a_model_that_was_cast_is_refused_before_a_file_is_written(tmp_path: Path):
-    model = tiny_model().double()  # its config says float32
+def test_a_model_that_was_cast_to_float64_has_a_patch_of_its_own_dtype(tmp_path: Path):
+    model = tiny_model(init="paper", train="rows+scale").double()
+    before = {layer: memory.values.clone() for layer, memory in smf.memory_layers(model).items()}
     train(model)
-    with pytest.raises(smf.PatchError, match=r"float64.*float32"):
+    after = {layer: memory.values.clone() for layer, memory in smf.memory_layers(model).items()}
+    smf.save_patch(model, tmp_path / "a.smf").revert(model)
+    assert all(torch.equal(memory.values, before[layer]) for layer, memory in smf.memory_layers(model).items())
+    smf.load_patch(tmp_path / "a.smf").apply(model)
+    assert all(torch.equal(memory.values, after[layer]) for layer, memory in smf.memory_layers(model).items())
+
+
+def test_a_model_that_was_cast_down_is_refused_before_a_file_is_written(tmp_path: Path):
+    model = tiny_model().bfloat16()  # its config says float32
+    with pytest.raises(smf.PatchError, match=r"bfloat16.*float32"):
         smf.save_patch(model, tmp_path / "a.smf")
     assert not list(tmp_path.iterdir())
+
+
+def test_another_start_than_the_trained_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model(init="paper")
+    train(model)
+    smf.save_patch(model, tmp_path / "a.smf")
+    draw = torch.Tensor.uniform_
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda t, *args, **kw: draw(t, *args, **kw).mul_(1.0001))
+    with pytest.raises(smf.PatchError, match="other initial values"):
+        smf.load_patch(tmp_path / "a.smf")
+
+
+def test_patches_of_wrapped_models_know_the_same_base(tmp_path: Path):
+    model = tiny_model()
+    train(model)
+    plain = smf.save_patch(model, tmp_path / "a.smf")
+    wrapped = smf.save_patch(torch.compile(model), tmp_path / "b.smf")
+    assert plain.metadata["base_hash"] == wrapped.metadata["base_hash"]
 
 
 def test_a_failed_save_leaves_the_old_file(patch_file: Path, monkeypatch: pytest.MonkeyPatch):

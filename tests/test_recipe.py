@@ -64,6 +64,12 @@ def test_unknown_key_of_a_method_names_the_method(recipe_file: Path):
         ("steps = 4", "steps = true", "expected int, got bool"),
         ("micro_batch_size = 2", "micro_batch_size = 3", "not a multiple"),
         ("micro_batch_size = 2", "micro_batch_size = 0", "at least 1"),
+        ("steps = 4", "steps = -5", "steps = -5; expected a finite number of at least 0"),
+        ("lr = 1e-2", "lr = nan", "lr = nan; expected a finite number"),
+        ("lr = 1e-2", "lr = inf", "lr = inf; expected a finite number"),
+        ("r = 2", "r = 0", "r = 0; expected a finite number of at least 1"),
+        ("save_every = 2", "save_every = 2\nmax_grad_norm = -1.0", "max_grad_norm = -1.0"),
+        ("eval_batch_size = 8", "eval_batch_size = 8\nseed = -1", "seed = -1"),
         ('kind = "lora"', 'kind = "lorra"', "expected one of"),
         ("probe = 0.2", "probe = 0.9", "add up to 1"),
         ("lr = 1e-2", "lr = 0.0", "above 0"),
@@ -98,3 +104,5 @@ def test_missing_recipe_lists_the_shipped_ones():
     with pytest.raises(ConfigError, match=r"local_example\.toml"):
         load_recipe("no_such_recipe.toml")
     assert find_recipe("recipes/local_example.toml").is_file()
+    with pytest.raises(ConfigError, match="no recipe at"):
+        find_recipe("mistyped/local_example.toml")

@@ -458,6 +458,10 @@ def test_files_that_are_no_background_are_refused(tmp_path: Path):
         ([{"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.zeros(2, 3)}], "no document"),
         (["a text"], "tokenizer"),
         ([{"labels": torch.ones(2, 3)}], "input_ids"),
+        ([{"input_ids": [[1, 2, 3], [1, 2]]}], "rectangular"),
+        ("one text", "list of texts"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, "list of texts"),
+        (None, "list of texts"),
         ([{"input_ids": torch.ones(3, dtype=torch.long)}], r"\[B, S\]"),
         ([{"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 2)}], "attention_mask"),
     ],
@@ -465,6 +469,19 @@ def test_files_that_are_no_background_are_refused(tmp_path: Path):
 def test_background_refuses_data_without_documents(data, complaint):
     with pytest.raises(smf.BackgroundError, match=complaint):
         smf.read_background(tiny_model(), data)
+
+
+def test_background_sees_through_wrappers():
+    model = tiny_model()
+    plain, wrapped = (smf.read_background(m, [batch()]) for m in (model, torch.compile(model)))
+    assert plain.identity == wrapped.identity
+    assert all(torch.equal(plain.layers[layer].b, wrapped.layers[layer].b) for layer in plain.layers)
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"max_length": 0}])
+def test_background_refuses_sizes_that_read_nothing(sizes):
+    with pytest.raises(smf.BackgroundError, match="at least 1"):
+        smf.read_background(tiny_model(), [batch()], **sizes)
 
 
 def test_background_needs_memory_that_reads():

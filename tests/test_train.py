@@ -51,6 +51,7 @@ def test_every_method_runs_and_reports(world: Path, name: str):
     assert len(scores["target"]["records"]["choice"]) == len(scores["target"]["records"]["loss"]) == 12
     assert scores["probes"]["stories"]["records"] and scores["probes"]["stories"]["nats"] > 0
     assert (result["numbers_changed"] > 0) == (name != "base")
+    assert result["trained_parameters"] >= result["numbers_changed"]
     assert (result["rows_changed"] > 0) == name.startswith("smf")
     assert result["provenance"]["versions"]["torch"] and result["peak_memory_mb"] > 0
     folder = result_path(recipe, name).parent
@@ -310,6 +311,22 @@ def edited(world: Path, old: str, new: str) -> Path:
 def test_what_cannot_work_is_refused_by_name_before_training(own_world, old, new, error, message):
     with pytest.raises(error, match=message.replace("[", r"\[")):
         load(load_recipe(edited(own_world, old, new)))
+
+
+def test_explanations_need_their_column(own_world: Path):
+    lines = (own_world.parent / "data" / "train.jsonl").read_text().splitlines()
+    rows = [{k: v for k, v in json.loads(line).items() if k != "exp"} for line in lines]
+    write_lines(own_world.parent / "data" / "train.jsonl", rows)
+    assert load(load_recipe(own_world)).train
+    with pytest.raises(DataError, match=r"train\.jsonl has no column 'exp'"):
+        load(load_recipe(edited(own_world, "explanation = false", "explanation = true")))
+
+
+def test_missing_adapter_is_refused_before_the_base_is_scored(own_world: Path):
+    from smf.train import evaluate_saved
+
+    with pytest.raises(ConfigError, match=r"adapter_config\.json"):
+        evaluate_saved(load_recipe(own_world), adapter="/nowhere", patch=None)
 
 
 def test_unwritable_output_is_refused(own_world: Path, tmp_path: Path):
