@@ -57,13 +57,14 @@ def result_path(recipe: Recipe, name: str) -> Path:
 
 def rows_of(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table: before and after for target and probes, then what it took."""
-    base = next((r["scores"] for r in results if r["kind"] == "base"), None)
+    bases = [r["scores"] for r in results if r["kind"] == "base"]
     probes = list(results[0]["scores"]["probes"])
     header = ["method", "target loss", "target acc", *[f"{name} ppl" for name in probes]]
     header += ["rows changed", "numbers changed", "trained params", "seconds", "peak MB"]
     rows = []
     for result in results:
         scores = result["scores"]
+        base = bases[0] if bases and result["kind"] != "base" else None
         cells = [
             result["method"],
             _change(scores["target"]["loss"], base and base["target"]["loss"], "{:.3f}"),
@@ -82,7 +83,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
 
 def _change(after: float, before: float | None, form: str) -> str:
     text = form.format(after)
-    if before is None or after == before:
+    if before is None:
         return text
     difference = form.replace("{:", "{:+").format(after - before)
     return f"{text} ({difference})"
@@ -94,11 +95,11 @@ def print_table(results: Sequence[dict[str, Any]], title: str) -> None:
     changes = "in brackets: change against the base; " if any(r["kind"] == "base" for r in results) else ""
     table = Table(title=title, caption=f"{changes}loss in nats per token of the answer as the recipe's loss counts it")
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right")
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
     console = Console()
-    Console(width=max(console.width, 150)).print(table) if not console.is_terminal else console.print(table)
+    Console(width=max(console.width, 190)).print(table) if not console.is_terminal else console.print(table)
 
 
 def markdown_table(results: Sequence[dict[str, Any]]) -> str:
