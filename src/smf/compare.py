@@ -93,7 +93,7 @@ def print_table(results: Sequence[dict[str, Any]], title: str) -> None:
     """The table, in the terminal."""
     header, rows = rows_of(results)
     changes = "in brackets: change against the base; " if any(r["kind"] == "base" for r in results) else ""
-    table = Table(title=title, caption=f"{changes}loss in nats per token of the answer as the recipe's loss counts it")
+    table = Table(title=title, caption=f"{changes}loss in nats per token that the recipe's loss counts")
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
