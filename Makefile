@@ -17,8 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $(STAMP)
 
-demo: $(STAMP)          ## the first comparison, on a base and data of yours (BASE=..., DATA=...)
-	@test -d '$(BASE)' -a -d '$(DATA)' || { echo "no base at $(BASE) or no data at $(DATA): make demo BASE=folder DATA=folder"; exit 2; }
+demo: $(STAMP)          ## the first comparison, on a base and data of yours (BASE=folder-or-hub-name, DATA=folder-or-hub)
 	$(BIN)/smf compare local_example.toml --base '$(BASE)' --data '$(DATA)' --output runs/local_example
 
 test: $(STAMP)          ## the fast tests (minutes)

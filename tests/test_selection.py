@@ -504,3 +504,29 @@ def test_background_belongs_to_base_config_query_and_keys_but_not_to_values():
         smf.memory_layers(model)[1].tensor("keys")[0, 0, 0, 0] += 1
     identities = [smf.read_background(other, general_texts()).identity for other in [*others, model]]
     assert len({own, *identities}) == 6
+
+
+def test_a_rule_with_another_signature_is_refused_when_it_is_given():
+    with pytest.raises(smf.ConfigError, match="must be callable as rule"):
+        smf.SparseMemoryOptimizer(tiny_model(), lr=0.1, rule=lambda counts: counts)
+
+
+def test_reading_a_background_leaves_every_module_in_its_mode():
+    model = tiny_model()  # PEFT leaves its wrapper in training mode around a base in evaluation mode
+    model.train()
+    model.base_model.eval()
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+    smf.read_background(model, [batch()])
+    assert [module.training for module in model.modules()] == before
+
+
+def test_reports_are_short_enough_to_print():
+    model = tiny_model()
+    background = smf.read_background(model, [batch()])
+    optimizer = smf.SparseMemoryOptimizer(model, background, lr=0.1, rows_per_step=8)
+    model.train()
+    model(**batch()).loss.backward()
+    optimizer.step()
+    assert repr(optimizer.last_step).startswith("StepReport(step=1, rows={1: 8, 2: 8}")
+    assert len(repr(background)) < 200

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .errors import BackgroundError
 from .files import read_tensors, write_tensors
 from .fingerprint import json_hash, tensor_bytes, tensors_hash
-from .memory import ProductKeyMemory, memory_layers, unwrap
+from .memory import ProductKeyMemory, evaluation_mode, memory_layers, unwrap
 from .rows import find
 
 FORMAT = 1
@@ -47,7 +47,7 @@ class LayerCounts:
         self.df = torch.zeros_like(self.ids).index_add_(0, inverse, df)
 
 
-@dataclass
+@dataclass(repr=False)
 class Background:
     """How often general text reads each row.
 
@@ -62,6 +62,10 @@ class Background:
     n_docs: int
     identity: str
     corpus: str
+
+    def __repr__(self) -> str:
+        rows = {layer: len(counts.ids) for layer, counts in self.layers.items()}
+        return f"Background(n_docs={self.n_docs}, rows_read={rows}, identity={self.identity[:12]!r})"
 
     def at(self, layer: int, rows_R: Tensor) -> tuple[Tensor, Tensor]:
         """`b_R` and `df_R` in float64 on the device of `rows_R`; rows that no document read have zero."""
@@ -175,15 +179,13 @@ def read_background(
     batches = -(-len(data) // batch_size) if tokenizer is not None and isinstance(data, Sized) else None
     counts = {layer: LayerCounts() for layer in memories}
     corpus, n_docs = hashlib.sha256(), 0
-    was_training = model.training
-    model.eval()
     try:
-        for batch in tqdm(items, total=batches, desc="background", unit="batch", leave=False):
-            n_docs += _read_batch(model, memories, counts, _checked(batch), corpus)
-            if n_docs and any(len(count.ids) == 0 for count in counts.values()):
-                raise BackgroundError("a memory layer read nothing; is its adapter disabled or inactive?")
+        with evaluation_mode(model):
+            for batch in tqdm(items, total=batches, desc="background", unit="batch", leave=False):
+                n_docs += _read_batch(model, memories, counts, _checked(batch), corpus)
+                if n_docs and any(len(count.ids) == 0 for count in counts.values()):
+                    raise BackgroundError("a memory layer read nothing; is its adapter disabled or inactive?")
     finally:
-        model.train(was_training)
         for memory in memories.values():
             memory.observer = None
     if n_docs == 0:

@@ -121,3 +121,6 @@ def main() -> None:
     except SmfError as error:
         print(f"smf: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("smf: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -29,7 +29,9 @@ def compare(recipe: Recipe, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """
     unknown = [name for name in only if name not in recipe.methods]
     if unknown:
-        raise ConfigError(f"the recipe has no [methods.{unknown[0]}]; its methods: {sorted(recipe.methods)}")
+        raise ConfigError(
+            f"the recipe has no [methods.{unknown[0]}]; its methods: {sorted(recipe.methods)}; separate names by blanks"
+        )
     names = [name for name, m in recipe.methods.items() if not only or name in only or m.kind == "base"]
     output = Path(recipe.output)
     todo = [name for name in names if not result_path(recipe, name).is_file()]
@@ -37,8 +39,11 @@ def compare(recipe: Recipe, only: Sequence[str] = ()) -> list[dict[str, Any]]:
         load(recipe)  # refuses what can't work before the first method spends time
         write_atomically(output / "recipe.toml", to_toml(recipe))
     failed = []
-    for number, name in enumerate(todo, 1):
-        print(f"smf: {name} ({number} of {len(todo)})", file=sys.stderr)
+    for number, name in enumerate(names, 1):
+        if name not in todo:
+            print(f"smf: {name} ({number} of {len(names)}): finished, kept", file=sys.stderr)
+            continue
+        print(f"smf: {name} ({number} of {len(names)})", file=sys.stderr)
         command = [sys.executable, "-m", "smf", "train", str(output / "recipe.toml"), "--method", name]
         if subprocess.run(command, stdout=sys.stderr).returncode != 0:  # the one table is all of stdout
             failed.append(name)

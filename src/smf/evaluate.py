@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .data import Collator, Example, load_rows, pad_id
+from .memory import evaluation_mode
 from .recipe import Probe, Recipe
 from .tasks import find_task, medmcqa
 
@@ -58,17 +59,6 @@ def example_losses(
             for i, nats, tokens in zip(batch, losses, counts, strict=True):
                 records[i] = {"id": examples[i].id, "nats": nats, "tokens": tokens}
     return records
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the former mode after."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def nats_per_token(records: Sequence[dict[str, Any]]) -> float:

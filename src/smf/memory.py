@@ -6,10 +6,11 @@ output. Shape letters: T tokens, D model width, H heads, K `knn`, R = H * K read
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -326,6 +327,18 @@ class MemoryHost(nn.Module):
     layer: int
     memories: dict[str, ProductKeyMemory]
     active_adapters: Any  # list[str]; PEFT's property
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; after it every module is in the mode that it had (a model may be in a mixed one)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def unwrap(model: nn.Module) -> nn.Module:

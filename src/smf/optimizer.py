@@ -25,7 +25,7 @@ from .selection import ReadsKind, Rule, count_reads, find_rule, score_rows, sele
 UpdateKind = Literal["adam", "sgd", "masked-adam"]
 
 
-@dataclass
+@dataclass(repr=False)
 class StepReport:
     """What the last step did.
 
@@ -42,6 +42,10 @@ class StepReport:
     rows_read: dict[int, int]
     reads: dict[int, int]
     grad_norm: float
+
+    def __repr__(self) -> str:
+        rows = {layer: len(ids) for layer, ids in self.rows.items()}
+        return f"StepReport(step={self.step}, rows={rows}, rows_read={self.rows_read}, grad_norm={self.grad_norm:.3g})"
 
 
 def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor) -> Tensor:
@@ -76,7 +80,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
     Args:
         model: with memory layers attached, before or after DDP.
         background: from `read_background`; needed by the rules kl and tfidf.
-        lr: learning rate of rows.
+        lr: learning rate of rows. Rows start at zero and write to hidden states as the MLP does, so rates are far
+            larger than LoRA's, and depend on the base's scale: sweep from 0.01 upwards.
         rows_per_step: rows updated in a step and layer (t); all rows read, where fewer were.
         rule: "kl", "tfidf", "tf", "random", "all", or a function of the same signature as `smf.selection.kl`.
         reads: "hits" counts 1 a read; "gradient" counts weight times the norm of the token's gradient.

@@ -20,7 +20,7 @@ FORMAT = 1
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Patch:
     """Rows before and after a training, and what they belong to.
 
@@ -37,6 +37,10 @@ class Patch:
     old_others: dict[int, dict[str, Tensor]]
     new_others: dict[int, dict[str, Tensor]]
     metadata: dict[str, Any]
+
+    def __repr__(self) -> str:
+        rows = {layer: len(ids) for layer, ids in self.rows.items()}
+        return f"Patch(rows={rows}, base={self.metadata['base']!r}, metadata={self.metadata['metadata']})"
 
     @property
     def config(self) -> SparseMemoryConfig:

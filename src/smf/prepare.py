@@ -96,9 +96,12 @@ def check_models(recipe: Recipe) -> None:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         skeleton = AutoModelForCausalLM.from_config(config)
-    for method in recipe.methods.values():
+    for name, method in recipe.methods.items():
         if method.kind == "smf":
-            find_rule(method.rule)
+            try:
+                find_rule(method.rule)
+            except ConfigError as error:
+                raise ConfigError(f"[methods.{name}]: {error}") from error
             memory = methods.memory_config(method.memory or recipe.memory, recipe.seed, method.train)
             decoder = find_decoder(skeleton)
             layers = memory.layers or default_layers(len(decoder.blocks))
@@ -119,6 +122,9 @@ def load_base(recipe: Recipe) -> Any:
 def _from_base(loader: Any, recipe: Recipe, **options: Any) -> Any:
     if not recipe.base:
         raise ConfigError("the recipe names no base; give --base a model folder or a hub name")
+    looks_like_path = recipe.base.startswith((".", "/", "~")) or recipe.base.count("/") > 1
+    if looks_like_path and not Path(recipe.base).is_dir():
+        raise ConfigError(f"base = {recipe.base!r}: there is no model folder; give --base a folder or a hub name")
     try:
         return loader.from_pretrained(recipe.base, revision=recipe.revision, **options)
     except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ Rules follow arXiv 2605.03229 (kl) and arXiv 2510.15103 (tfidf). Shape letters: 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -56,6 +57,12 @@ NEED_BACKGROUND = ("kl", "tfidf")
 def find_rule(rule: str | Rule) -> Rule | None:
     """The function of a rule's name, a user's own function as it is, or None for `all`."""
     if callable(rule):
+        try:
+            inspect.signature(rule).bind(None, None, None, b_total=1, n_docs=0, generator=None)
+        except TypeError as error:
+            raise ConfigError(
+                f"the rule must be callable as rule(c_R, b_R, df_R, *, b_total, n_docs, generator): {error}"
+            ) from error
         return rule
     if rule == "all":
         return None
