@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .adapter import SparseMemoryConfig
 from .errors import ConfigError
 from .fingerprint import json_hash
 
@@ -42,16 +43,16 @@ class Source:
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """How the memory of the smf methods is attached (see `SparseMemoryConfig`)."""
+    """How the memory of the smf methods is attached: options of `SparseMemoryConfig`, with its defaults."""
 
-    layers: list[int] | None = None
-    n_keys: int = 128
-    heads: int = 4
-    knn: int = 16
-    k_dim: int = 256
-    mode: str = "additive"
-    init: str = "zero"
-    table_dtype: str = "float32"
+    layers: list[int] | None = SparseMemoryConfig.layers
+    n_keys: int = SparseMemoryConfig.n_keys
+    heads: int = SparseMemoryConfig.heads
+    knn: int = SparseMemoryConfig.knn
+    k_dim: int = SparseMemoryConfig.k_dim
+    mode: str = SparseMemoryConfig.mode
+    init: str = SparseMemoryConfig.init
+    table_dtype: str = SparseMemoryConfig.table_dtype
 
 
 @dataclass(frozen=True)
