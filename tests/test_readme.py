@@ -71,14 +71,26 @@ def test_extras_exist(line: str):
         assert extra in extras
 
 
-@pytest.mark.parametrize("line", [c for c in commands() if c.startswith("smf compare")])
-def test_smf_commands_run_on_the_real_base_and_data(line: str, shared: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One output folder for all commands, so that a run two of them need is made once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("line", [c for c in commands() if c.startswith("smf")])
+def test_smf_commands_run(line: str, runs: Path, request: pytest.FixtureRequest):
     arguments = shlex.split(line)[1:]
-    arguments[arguments.index("--output") + 1] = str(tmp_path / "runs")
-    command = [sys.executable, "-m", "smf", *arguments, "--max-steps", "2", "--methods", "smf-kl"]
+    if "../shared" in line:
+        request.getfixturevalue("shared")  # skips where it is absent
+    if "--output" in arguments:
+        del arguments[arguments.index("--output") : arguments.index("--output") + 2]
+    if "--methods" not in arguments:
+        arguments += ["--methods", "smf-kl"]
+    small = ["--output", str(runs), "--max-steps", "2", "--limit", "20"]
+    command = [sys.executable, "-m", "smf", *arguments, *small]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "smf-kl" in done.stdout
+    assert arguments[arguments.index("--methods") + 1] in done.stdout
 
 
 def test_train_and_eval_commands_named_in_the_text_run(tmp_path: Path):

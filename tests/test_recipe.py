@@ -1,10 +1,11 @@
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
 from smf.errors import ConfigError
-from smf.recipe import SHIPPED, find_recipe, load_recipe, to_toml
+from smf.recipe import SHIPPED, find_recipe, limited, load_recipe, shortened, to_toml
 from tiny import RECIPE
 
 
@@ -39,6 +40,20 @@ def test_every_key_of_shipped_recipes_is_commented_where_it_is_set(path: Path):
     lines = path.read_text().splitlines()
     bare = [line for line in lines if re.match(r"[a-z_]+ = ", line) and " # " not in line]
     assert not bare
+
+
+@pytest.mark.parametrize("path", sorted((SHIPPED.parents[2] / "docs/results").glob("*.toml")), ids=lambda p: p.name)
+def test_recipes_behind_committed_results_load(path: Path):
+    load_recipe(path)
+
+
+def test_cutting_a_recipe_never_lengthens_it(recipe_file: Path):
+    recipe = load_recipe(recipe_file)
+    assert shortened(recipe, 1000) == recipe
+    assert (shortened(recipe, 1).train.steps, shortened(recipe, 1).heal.steps) == (1, 1)
+    assert {probe.source.limit for probe in limited(recipe, 7).probes.values()} == {7}
+    assert limited(recipe, 7).target.eval["exam"].limit == limited(recipe, 7).target.validation.limit == 7
+    assert limited(limited(recipe, 7), 0) == recipe
 
 
 def test_unknown_key_names_the_nearest(recipe_file: Path):
@@ -93,6 +108,8 @@ def test_kl_without_background_is_refused(recipe_file: Path):
 def test_run_id_changes_with_what_changes_a_result_and_with_nothing_else(recipe_file: Path):
     recipe = load_recipe(recipe_file)
     assert recipe.run_id("smf") == load_recipe(recipe_file, output="elsewhere").run_id("smf")
+    shown = dataclasses.replace(recipe, target=dataclasses.replace(recipe.target, metrics=["acc"], validation=None))
+    assert recipe.run_id("smf") == shown.run_id("smf")
     assert recipe.run_id("smf") != load_recipe(recipe_file, seed=1).run_id("smf")
     assert recipe.run_id("smf") != recipe.run_id("lora")
     changed(recipe_file, "lr = 1e-2", "lr = 2e-2")

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import smf
-from smf.compare import markdown_table, result_path
+from smf.compare import result_path
 from smf.errors import ConfigError, DataError, SmfError
 from smf.methods import attach
 from smf.prepare import check_output, load, load_base
 from smf.recipe import load_recipe
+from smf.table import markdown_table
 from smf.train import newest_complete, run_method
 from tiny import make_base, make_world, write_lines
 
@@ -48,8 +49,9 @@ def test_every_method_runs_and_reports(world: Path, name: str):
     recipe = load_recipe(world)
     result = run_method(recipe, name)
     scores = result["scores"]
-    assert len(scores["target"]["records"]["choice"]) == len(scores["target"]["records"]["loss"]) == 12
-    assert scores["probes"]["stories"]["records"] and scores["probes"]["stories"]["nats"] > 0
+    assert len(scores["exam"]["records"]) == 12 and scores["exam"]["metrics"]["loss"] > 0
+    assert scores["stories"]["records"] and scores["stories"]["metrics"]["nats"] > 0
+    assert [scores[name]["role"] for name in ("exam", "stories")] == ["target", "probe"]
     assert (result["numbers_changed"] > 0) == (name != "base")
     assert result["trained_parameters"] >= result["numbers_changed"]
     assert (result["rows_changed"] > 0) == name.startswith("smf")
@@ -128,15 +130,14 @@ def test_accumulation_changes_neither_rows_nor_scores_much(world: Path):
     whole = replace(recipe, train=replace(recipe.train, micro_batch_size=8))
     a, b = run_method(recipe, "smf"), run_method(whole, "smf")
     assert a["rows_changed"] == b["rows_changed"]
-    assert a["scores"]["target"]["loss"] == pytest.approx(b["scores"]["target"]["loss"], abs=1e-4)
+    assert a["scores"]["exam"]["metrics"]["loss"] == pytest.approx(b["scores"]["exam"]["metrics"]["loss"], abs=1e-4)
 
 
 def test_full_text_loss_differs_from_answer_loss(world: Path):
     recipe = load_recipe(world, output=str(world.parent / "full-text"))
     full = replace(recipe, train=replace(recipe.train, loss="full"))
-    answer_tokens = sum(r["tokens"] for r in run_method(recipe, "base")["scores"]["target"]["records"]["loss"])
-    full_tokens = sum(r["tokens"] for r in run_method(full, "base")["scores"]["target"]["records"]["loss"])
-    assert full_tokens > 2 * answer_tokens
+    answer, whole = (run_method(r, "full")["scores"]["exam"]["metrics"]["loss"] for r in (recipe, full))
+    assert answer != whole
 
 
 # -- crashes ----------------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def test_train_command_under_torchrun_gives_the_rows_of_one_process(own_world: P
     two = json.loads(result_path(replace(recipe, output=str(tmp_path / "two")), "smf").read_text())
     patches = [smf.load_patch(tmp_path / f / recipe.run_id("smf") / "patch.smf") for f in ("one", "two")]
     assert all(torch.equal(patches[0].rows[layer], patches[1].rows[layer]) for layer in patches[0].rows)
-    assert two["scores"]["target"]["loss"] == pytest.approx(one["scores"]["target"]["loss"], abs=1e-4)
+    assert two["scores"]["exam"]["metrics"]["loss"] == pytest.approx(one["scores"]["exam"]["metrics"]["loss"], abs=1e-4)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -237,16 +238,17 @@ def test_train_command_under_torchrun_gives_the_rows_of_one_process(own_world: P
 def test_compare_prints_one_table_and_runs_only_what_is_missing(own_world: Path):
     first = run("compare", own_world, "--methods", "base", "smf", "--max-steps", 2)
     assert first.returncode == 0, first.stderr[-2000:]
-    for word in ("base", "smf", "target loss", "stories ppl", "rows changed", "peak MB"):
+    for word in ("base", "smf", "exam loss", "exam %", "stories ppl", "rows changed", "peak MB"):
         assert word in first.stdout
     recipe = load_recipe(own_world)
     table = (Path(recipe.output) / "table.md").read_text()
-    assert table.count("\n") == 4 and "| smf |" in table
+    assert table.count("\n| ") == 3 and "| smf |" in table and "over examples only (one seed)" in table
+    assert (Path(recipe.output) / "report.html").is_file()
     first_summary = json.loads((Path(recipe.output) / "summary.json").read_text())
     assert [r["method"] for r in first_summary] == ["base", "smf"]
     assert "records" not in json.dumps(first_summary)
     again = run("compare", own_world, "--methods", "base", "smf", "--max-steps", 2)
-    assert again.stdout == first.stdout and "smf (2 of 2): finished, kept" in again.stderr
+    assert again.stdout == first.stdout and "smf, seed 0 (2 of 2): finished, kept" in again.stderr
 
 
 def test_failing_method_leaves_the_others_results_and_is_named(own_world: Path):
@@ -255,7 +257,7 @@ def test_failing_method_leaves_the_others_results_and_is_named(own_world: Path):
     folder.parent.mkdir(parents=True)
     folder.write_text("a file where the run's folder should be")
     done = run("compare", own_world, "--methods", "lora", "base")
-    assert done.returncode == 2 and "did not finish: ['lora']" in done.stderr
+    assert done.returncode == 2 and "did not finish: ['lora, seed 0']" in done.stderr
     assert result_path(recipe, "base").is_file()
 
 
@@ -269,7 +271,7 @@ def test_errors_of_ours_are_one_line_without_traceback(own_world: Path):
 
 
 def test_help_names_every_command_and_option():
-    assert all(word in run("--help").stdout for word in ("train", "eval", "compare"))
+    assert all(word in run("--help").stdout for word in ("compare", "tune", "train", "eval"))
     text = run("compare", "--help").stdout
     assert all(option in text for option in ("--methods", "--base", "--data", "--output", "--seed", "--max-steps"))
 
@@ -279,6 +281,8 @@ def test_help_names_every_command_and_option():
 
 def edited(world: Path, old: str, new: str) -> Path:
     text = world.read_text()
+    lines = (world.parent / "data" / "eval.jsonl").read_text().splitlines(keepends=True)
+    (world.parent / "data" / "twice.jsonl").write_text("".join([*lines, lines[1]]))
     assert old in text
     world.write_text(text.replace(old, new))
     return world
@@ -299,6 +303,9 @@ def edited(world: Path, old: str, new: str) -> Path:
         ("max_length = 64", "max_length = 12", DataError, "cut away"),
         ('path = "train.jsonl"', 'path = "stories.jsonl"', DataError, "no column 'id'"),
         ('path = "eval.jsonl"', 'path = "train.jsonl"', DataError, "both trained and scored"),
+        ('path = "eval.jsonl"', 'path = "twice.jsonl"', DataError, "1 ids stand there twice, such as 'q41'"),
+        ('metrics = ["loss", "acc"]', 'metrics = ["f1"]', ConfigError, "medmcqa' has ['acc', 'answer_norm', 'loss']"),
+        ('eval.exam = { path = "eval.jsonl" }', "", ConfigError, "no [target.eval.NAME]"),
         ('task = "medmcqa"', 'task = "medqa"', ConfigError, "'medqa' is not known"),
         ('task = "medmcqa"', 'task = "perplexity"', ConfigError, "not a target"),
         ('part = "probe"', 'part = "prob"', DataError, "no rows in part 'prob'"),
@@ -362,8 +369,8 @@ def test_adapter_of_another_base_is_refused(own_world: Path, tmp_path: Path):
 def test_table_shows_the_change_against_the_base(world: Path):
     recipe = load_recipe(world)
     results = [run_method(recipe, name) for name in ("base", "full")]
-    change = results[1]["scores"]["target"]["loss"] - results[0]["scores"]["target"]["loss"]
-    assert f"({change:+.3f})" in markdown_table(results)
+    change = results[1]["scores"]["exam"]["metrics"]["loss"] - results[0]["scores"]["exam"]["metrics"]["loss"]
+    assert f"<br>{change:+.3f}<br>[" in markdown_table(results, ["loss"])
 
 
 def test_blank_texts_do_not_become_background_documents(own_world: Path):

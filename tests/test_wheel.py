@@ -65,9 +65,10 @@ def test_installed_wheel_trains_two_steps_outside_the_repo(environment: Path, tm
     assert "local_example.toml" in report["recipes"]
 
 
-def test_installed_wheel_has_the_command_and_its_types(environment: Path, tmp_path: Path):
+def test_installed_wheel_has_the_command_its_types_and_its_report(environment: Path, tmp_path: Path):
     command = [str(environment / "bin/smf"), "compare", "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0
     assert "--max-steps" in done.stdout
-    assert list(environment.glob("lib/python*/site-packages/smf/py.typed"))
+    for file in ("py.typed", "report.html.jinja"):
+        assert list(environment.glob(f"lib/python*/site-packages/smf/{file}"))

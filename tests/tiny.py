@@ -42,7 +42,9 @@ save_every = 2
 task = "medmcqa"
 explanation = false
 train = {{ path = "train.jsonl" }}
-eval = {{ path = "eval.jsonl" }}
+metrics = ["loss", "acc"]
+validation = {{ path = "validation.jsonl" }}
+eval.exam = {{ path = "eval.jsonl" }}
 
 [background]
 source = {{ path = "stories.jsonl", part = "background" }}
@@ -124,9 +126,10 @@ def make_world(folder: Path) -> Path:
     rng = random.Random(0)
     make_base().save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
-    questions = [question(i, rng) for i in range(52)]
+    questions = [question(i, rng) for i in range(64)]
     write_lines(folder / "data" / "train.jsonl", questions[:40])
-    write_lines(folder / "data" / "eval.jsonl", questions[40:])
+    write_lines(folder / "data" / "eval.jsonl", questions[40:52])
+    write_lines(folder / "data" / "validation.jsonl", questions[52:])
     stories = [{"text": " ".join(rng.choices(WORDS, k=rng.randint(5, 80)))} for _ in range(60)]
     write_lines(folder / "data" / "stories.jsonl", stories)
     recipe = folder / "recipe.toml"

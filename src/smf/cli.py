@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,19 +34,20 @@ class Overrides:
     """Of data order and initial values."""
     max_steps: int | None = None
     """Stop every training after so many steps (to try a recipe)."""
+    limit: int | None = None
+    """Score the first so many rows of every set, in place of the recipe's limits; 0: all rows."""
 
     def load(self, path: Path) -> Any:
         """The recipe at `path` with these keys in place of its own."""
-        from .recipe import load_recipe
+        from .recipe import limited, load_recipe, shortened
 
-        recipe = load_recipe(path, base=self.base, data=self.data, output=self.output, seed=self.seed)
-        if self.max_steps is None:
-            return recipe
-        if self.max_steps < 1:
+        if self.max_steps is not None and self.max_steps < 1:
             raise ConfigError(f"--max-steps must be at least 1; got {self.max_steps}")
-        heal = recipe.heal and replace(recipe.heal, steps=self.max_steps)
-        warmup = min(recipe.train.warmup_steps, self.max_steps // 2)
-        return replace(recipe, train=replace(recipe.train, steps=self.max_steps, warmup_steps=warmup), heal=heal)
+        if self.limit is not None and self.limit < 0:
+            raise ConfigError(f"--limit must be at least 0; got {self.limit}")
+        recipe = load_recipe(path, base=self.base, data=self.data, output=self.output, seed=self.seed)
+        recipe = recipe if self.max_steps is None else shortened(recipe, self.max_steps)
+        return recipe if self.limit is None else limited(recipe, self.limit)
 
 
 Options = OmitArgPrefixes[Overrides]
@@ -59,7 +59,8 @@ def train(recipe: RecipePath, /, method: str, overrides: Options = Overrides()) 
     Args:
         method: name of a [methods.NAME] table.
     """
-    from .compare import print_table, result_path
+    from .compare import result_path
+    from .table import print_table
     from .train import run_method
 
     loaded = overrides.load(recipe)
@@ -67,7 +68,8 @@ def train(recipe: RecipePath, /, method: str, overrides: Options = Overrides()) 
     if "scores" in result:  # torchrun: the first rank's alone
         bases = [result_path(loaded, name) for name, m in loaded.methods.items() if m.kind == "base" and name != method]
         before = [json.loads(path.read_text()) for path in bases if path.is_file()]
-        print_table([*before, result], f"{method} -> {result_path(loaded, method).parent}")
+        title = f"{method} -> {result_path(loaded, method).parent}"
+        print_table([*before, result], title, loaded.target.metrics)
 
 
 def evaluate(
@@ -83,39 +85,84 @@ def evaluate(
         adapter: folder of a saved PEFT adapter (of any method).
         patch: file written by smf.save_patch.
     """
-    from .compare import print_table
+    from .table import print_table
     from .train import evaluate_saved
 
     loaded = overrides.load(recipe)
-    print_table(evaluate_saved(loaded, adapter=adapter, patch=patch), f"{recipe.name} on {loaded.base}")
+    results = evaluate_saved(loaded, adapter=adapter, patch=patch)
+    print_table(results, f"{recipe.stem} on {loaded.base}", loaded.target.metrics)
 
 
 def compare(
     recipe: RecipePath,
     /,
     methods: tuple[str, ...] = (),
+    seeds: int = 1,
     overrides: Options = Overrides(),
 ) -> None:
-    """Train and score every method of a recipe, and print one table; finished methods are not run again.
+    """Train and score every method of a recipe; print one table and write report.html.
+
+    Finished methods are not run again, and a killed run goes on where it stopped.
 
     Args:
         methods: names of [methods.NAME] tables, beside which the base is always shown; none: all.
+        seeds: how many seeds to run, from the recipe's upwards.
     """
     from .compare import compare as run_all
-    from .compare import markdown_table, print_table, summary
+    from .compare import summary
     from .files import write_atomically, write_json
+    from .report import write_report
+    from .table import markdown_table, print_table
 
     loaded = overrides.load(recipe)
-    results = run_all(loaded, methods)
-    print_table(results, f"{recipe.name} on {loaded.base}, seed {loaded.seed}")
-    write_atomically(Path(loaded.output) / "table.md", markdown_table(results))
-    write_json(Path(loaded.output) / "summary.json", summary(results))
+    results = run_all(loaded, methods, seeds)
+    title, metrics, output = f"{recipe.stem} on {loaded.base}", loaded.target.metrics, Path(loaded.output)
+    print_table(results, title, metrics)
+    write_atomically(output / "table.md", markdown_table(results, metrics))
+    write_json(output / "summary.json", summary(results))
+    write_report(results, output / "report.html", title, [f"Made by: smf {' '.join(sys.argv[1:])}"], metrics)
+    print(f"report: {output / 'report.html'}")
+
+
+def tune(
+    recipe: RecipePath,
+    /,
+    methods: tuple[str, ...] = (),
+    points: int = 5,
+    factor: float = 2.0,
+    overrides: Options = Overrides(),
+) -> None:
+    """Choose each method's learning rate on the recipe's validation set, from grids of equal size.
+
+    Args:
+        methods: names of [methods.NAME] tables; none: all.
+        points: of each grid, whose middle is the recipe's rate; a best point at an end extends the grid.
+        factor: between neighbouring rates.
+    """
+    from .files import write_atomically, write_json
+    from .tune import tune as run_all
+    from .tune import tuning_table
+
+    loaded = overrides.load(recipe)
+    output = Path(loaded.output) / "tuning"  # apart from the comparison's own runs
+    tuned = run_all(replace(loaded, output=str(output)), methods, points, factor)
+    table = tuning_table(tuned)
+    write_json(output / "tune.json", tuned)
+    write_atomically(output / "tune.md", table)
+    print(table)
 
 
 def main() -> None:
     """Entry point: errors of ours are one message and exit code 2, without a traceback."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about PEFT's own calls
-    commands: dict[str, Callable[..., Any]] = {"train": train, "eval": evaluate, "compare": compare}
+    from .compare import quiet_known_warnings
+
+    quiet_known_warnings()
+    commands: dict[str, Callable[..., Any]] = {
+        "compare": compare,
+        "tune": tune,
+        "train": train,
+        "eval": evaluate,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="smf", description=__doc__)
     except SmfError as error:

@@ -34,7 +34,7 @@ class Prepared:
     optimizer: torch.optim.Optimizer | None
     max_grad_norm: float
     trained: int
-    save: Callable[[Path], dict[str, int]]
+    save: Callable[[Path], dict[str, Any]]
 
 
 def memory_config(options: MemoryOptions, seed: int, train: str = "rows") -> SparseMemoryConfig:
@@ -71,7 +71,7 @@ def _dense(model: Any, method: Method, recipe: Recipe) -> Prepared:
     trained = sum(p.numel() for p in parameters)
     optimizer = torch.optim.AdamW(parameters, lr=method.lr, weight_decay=recipe.train.weight_decay)
 
-    def save(folder: Path) -> dict[str, int]:
+    def save(folder: Path) -> dict[str, Any]:
         model.save_pretrained(folder / "model")
         return {"rows_changed": 0, "numbers_changed": trained}
 
@@ -91,7 +91,7 @@ def healing(model: Any, recipe: Recipe) -> Prepared:
         seed=recipe.seed,
     )
 
-    def save(folder: Path) -> dict[str, int]:
+    def save(folder: Path) -> dict[str, Any]:
         model.save_pretrained(folder)
         return {"rows_changed": 0, "numbers_changed": 0}
 
@@ -103,11 +103,12 @@ def attach(model: Any, method: Method, recipe: Recipe) -> Any:
     return get_peft_model(model, memory_config(method.memory or recipe.memory, recipe.seed, method.train))
 
 
-def counts(patch: Patch) -> dict[str, int]:
+def counts(patch: Patch) -> dict[str, Any]:
     """How many rows and numbers a patch changes."""
     numbers = sum(new.numel() for new in patch.new.values())
     numbers += sum(t.numel() for others in patch.new_others.values() for t in others.values())
-    return {"rows_changed": sum(len(ids) for ids in patch.rows.values()), "numbers_changed": numbers}
+    by_layer = {str(layer): len(ids) for layer, ids in patch.rows.items()}
+    return {"rows_changed": sum(by_layer.values()), "rows_by_layer": by_layer, "numbers_changed": numbers}
 
 
 def smf(model: Any, method: Method, recipe: Recipe, *, tokenizer: Any, background_texts: Sequence[str]) -> Prepared:
@@ -134,7 +135,7 @@ def smf(model: Any, method: Method, recipe: Recipe, *, tokenizer: Any, backgroun
         seed=recipe.seed,
     )
 
-    def save(folder: Path) -> dict[str, int]:
+    def save(folder: Path) -> dict[str, Any]:
         model.save_pretrained(folder / "adapter")
         patch = save_patch(model, folder / "patch.smf", method=asdict(method), seed=recipe.seed)
         return counts(patch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from . import methods
 from .data import Example, encode, keep_answered, load_rows
 from .decoder import default_layers, find_decoder
 from .errors import ConfigError, DataError
-from .evaluate import ScoredSets, probe_examples
+from .evaluate import ScoredSet
 from .recipe import Recipe, Source
 from .selection import find_rule
 from .tasks import find_task
@@ -28,7 +29,7 @@ class Loaded:
 
     tokenizer: Any
     train: list[Example]
-    scored: ScoredSets
+    scored: dict[str, ScoredSet]
     background: list[str]
     healing: list[Example]
 
@@ -39,9 +40,11 @@ def load(recipe: Recipe) -> Loaded:
     check_models(recipe)
     tokenizer, scored = load_scored(recipe)
     task = find_task(recipe.target.task)
-    need = (*task.COLUMNS, "exp") if recipe.target.explanation else task.COLUMNS
-    train = _answered(recipe, tokenizer, _target_rows(recipe, recipe.target.train, need), recipe.target.explanation)
-    overlap = {e.id for e in train} & {str(row["id"]) for row in scored.target_rows}
+    explained = recipe.target.explanation and hasattr(task, "EXPLANATION")
+    need = (*task.COLUMNS, task.EXPLANATION) if explained else task.COLUMNS
+    train = _answered(recipe, tokenizer, task, _rows(recipe, recipe.target.train, task, need), explained)
+    targets = [scored_set for scored_set in scored.values() if scored_set.role == "target"]
+    overlap = {example.id for example in train} & {item["id"] for target in targets for item in target.items}
     if overlap:
         raise DataError(f"{len(overlap)} rows are both trained and scored, such as id {min(overlap)!r}")
     background = [] if recipe.background is None else _texts(recipe, recipe.background.source)
@@ -53,25 +56,49 @@ def load(recipe: Recipe) -> Loaded:
     return Loaded(tokenizer, train, scored, background, healing)
 
 
-def load_scored(recipe: Recipe) -> tuple[Any, ScoredSets]:
+def load_scored(recipe: Recipe) -> tuple[Any, dict[str, ScoredSet]]:
     """The tokenizer and what the recipe scores, checked."""
     tokenizer = load_tokenizer(recipe)
     task = find_task(recipe.target.task)
     if not hasattr(task, "response"):
         raise ConfigError(f"task {recipe.target.task!r} can be a probe, but not a target: it has no answers to learn")
-    rows = _target_rows(recipe, recipe.target.eval, task.COLUMNS)
-    probes = {name: probe_examples(recipe, name, probe, tokenizer) for name, probe in recipe.probes.items()}
-    return tokenizer, ScoredSets(_answered(recipe, tokenizer, rows, False), rows, probes)
+    if not recipe.target.eval:
+        raise ConfigError("the recipe has no [target.eval.NAME] table: say what the target is scored on")
+    unknown = [metric for metric in recipe.target.metrics if metric not in task.METRICS]
+    if unknown or not recipe.target.metrics:
+        raise ConfigError(
+            f"target.metrics = {recipe.target.metrics}; task {recipe.target.task!r} has {list(task.METRICS)}"
+        )
+    sets = {}
+    for name, source in recipe.target.eval.items():
+        sets[name] = ScoredSet("target", recipe.target.task, _items(recipe, recipe.target.task, source, tokenizer))
+    for name, probe in recipe.probes.items():
+        sets[name] = ScoredSet("probe", probe.task, _items(recipe, probe.task, probe.source, tokenizer))
+    return tokenizer, sets
 
 
-def _target_rows(recipe: Recipe, source: Source, need: Sequence[str]) -> list[Any]:
-    rows = load_rows(source, recipe.data, recipe.parts, need)
-    return find_task(recipe.target.task).select(rows, source.path or source.hub)
+def _rows(recipe: Recipe, source: Source, task: Any, need: Sequence[str]) -> list[Any]:
+    return task.select(load_rows(source, recipe.data, recipe.parts, need), source.path or source.hub)
 
 
-def _answered(recipe: Recipe, tokenizer: Any, rows: list[Any], explanation: bool) -> list[Example]:
-    task, length = find_task(recipe.target.task), recipe.train.max_length
-    texts = [(str(row["id"]), task.prompt(row), task.response(row, explanation=explanation)) for row in rows]
+def _items(recipe: Recipe, name: str, source: Source, tokenizer: Any) -> list[Any]:
+    """What a task asks of the rows of a source, none of it cut away."""
+    task = find_task(name)
+    if task.KIND == "text":
+        rows = load_rows(source, recipe.data, recipe.parts, [source.column])
+        return task.examples(rows, source.column, tokenizer, recipe.train.max_length)
+    rows = _rows(recipe, source, task, task.COLUMNS)
+    kept = {example.id for example in _answered(recipe, tokenizer, task, rows, False)}
+    items = [item for item in map(task.item, rows) if item["id"] in kept]
+    twice = [id for id, count in Counter(item["id"] for item in items).items() if count > 1]
+    if twice:
+        raise DataError(f"{source.path or source.hub}: {len(twice)} ids stand there twice, such as {twice[0]!r}")
+    return items
+
+
+def _answered(recipe: Recipe, tokenizer: Any, task: Any, rows: list[Any], explanation: bool) -> list[Example]:
+    length = recipe.train.max_length
+    texts = [(str(row["id"]), task.item(row)["prompt"], task.response(row, explanation=explanation)) for row in rows]
     examples = [encode(tokenizer, *text, length, end=True) for text in texts]
     return keep_answered(examples, recipe.train.too_long, length)
 

@@ -8,7 +8,7 @@ import json
 import tomllib
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,8 +93,12 @@ class Target:
     """Name of a task in smf.tasks."""
     train: Source = field(default_factory=Source)
     """Rows to learn from."""
-    eval: Source = field(default_factory=Source)
-    """Rows to score on."""
+    eval: dict[str, Source] = field(default_factory=dict)
+    """Rows to score on, by the name that tables give them."""
+    validation: Source | None = None
+    """Rows by which `smf tune` chooses learning rates; shares no row with `eval`."""
+    metrics: list[str] = field(default_factory=lambda: ["acc"])
+    """Scores to show; `smf tune` chooses by the first."""
     explanation: bool = True
     """Whether the explanation, where there is one, follows the answer in training."""
 
@@ -196,10 +200,15 @@ class Recipe:
     methods: dict[str, Method] = field(default_factory=dict)
 
     def run_id(self, method: str) -> str:
-        """Name of the folder of one method's run: it changes with everything that can change its result."""
+        """Name of the folder of one method's run: it changes with every key that can change its result.
+
+        What files hold is not looked at: another model or data under the same name needs another output folder.
+        """
         keys = dataclasses.asdict(self)
         keys["methods"] = keys["methods"][method]
         keys.pop("output")
+        for key in ("metrics", "validation"):  # what is shown, and what `smf tune` looks at
+            keys["target"].pop(key)
         return f"{method}-{json_hash(keys)[:10]}"
 
 
@@ -230,6 +239,31 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     recipe = _build(Recipe, table, str(file.name))
     _check(recipe, file.name)
     return recipe
+
+
+def shortened(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with every training cut to so many steps at most (where epochs decide: to exactly so many)."""
+    train, heal = recipe.train, recipe.heal
+    few = min(steps, train.steps or steps)
+    train = replace(train, steps=few, warmup_steps=min(train.warmup_steps, few // 2))
+    return replace(recipe, train=train, heal=heal and replace(heal, steps=min(steps, heal.steps or steps)))
+
+
+def limited(recipe: Recipe, rows: int) -> Recipe:
+    """The recipe with every scored set cut to its first rows; 0: all of them."""
+
+    def cut(source: Source) -> Source:
+        return replace(source, limit=rows)
+
+    target, probes = recipe.target, recipe.probes
+    target = replace(
+        target,
+        eval={name: cut(source) for name, source in target.eval.items()},
+        validation=target.validation and cut(target.validation),
+    )
+    return replace(
+        recipe, target=target, probes={name: replace(probe, source=cut(probe.source)) for name, probe in probes.items()}
+    )
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -320,6 +354,9 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ConfigError(
             f"{where}: batch_size = {train.batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}"
         )
+    both = set(recipe.target.eval) & set(recipe.probes)
+    if both:
+        raise ConfigError(f"{where}: {sorted(both)[0]!r} names a set of target.eval and a probe; give them two names")
     if not recipe.methods:
         raise ConfigError(f"{where}: no [methods.NAME] table, so there is nothing to compare")
     if any(share < 0 for share in recipe.parts.values()) or sum(recipe.parts.values()) > 1 + 1e-9:

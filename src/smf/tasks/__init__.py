@@ -1,13 +1,23 @@
-"""Target and probe definitions: which columns a task reads, and what texts it makes of a row."""
+"""Target and probe definitions: which columns a task reads, and what is asked of a model with a row.
+
+A task is a module with COLUMNS, KIND and METRICS (the first is shown in tables):
+KIND "choice" and "answer" have `select(rows, where)`, `item(row)` and `response(row, explanation=)`; KIND "text" has
+`examples(rows, column, tokenizer, max_length)`.
+"""
 
 from __future__ import annotations
 
 from types import ModuleType
 
 from ..errors import ConfigError
-from . import medmcqa, perplexity
+from . import choices, closed_book, medmcqa, perplexity
 
-TASKS: dict[str, ModuleType] = {"medmcqa": medmcqa, "perplexity": perplexity}
+TASKS: dict[str, ModuleType] = {
+    "choices": choices,
+    "closed_book": closed_book,
+    "medmcqa": medmcqa,
+    "perplexity": perplexity,
+}
 
 
 def find_task(name: str) -> ModuleType:

@@ -9,7 +9,10 @@ from ..errors import DataError
 
 LETTERS = "ABCD"
 OPTIONS = ("opa", "opb", "opc", "opd")
+KIND = "choice"
 COLUMNS = ("id", "question", *OPTIONS, "cop", "choice_type")  # and "exp", where explanations are learned
+EXPLANATION = "exp"
+METRICS = ("acc", "answer_norm", "loss")
 
 
 def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
@@ -37,12 +40,12 @@ def choices(row: Mapping[str, Any]) -> list[str]:
     return [f" {letter}. {row[column]}" for letter, column in zip(LETTERS, OPTIONS, strict=True)]
 
 
-def answer(row: Mapping[str, Any]) -> int:
-    """Number of the right option."""
-    return int(row["cop"])
+def item(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked: a prompt, the texts that may follow it, and the number of the right one."""
+    return {"id": str(row["id"]), "prompt": prompt(row), "choices": choices(row), "answer": int(row["cop"])}
 
 
 def response(row: Mapping[str, Any], *, explanation: bool) -> str:
     """What training adds to the prompt: the right option, then the explanation where there is one."""
-    text = choices(row)[answer(row)]
-    return f"{text}\nExplanation: {row['exp']}" if explanation and row.get("exp") else text
+    text = choices(row)[int(row["cop"])]
+    return f"{text}\nExplanation: {row[EXPLANATION]}" if explanation and row.get(EXPLANATION) else text

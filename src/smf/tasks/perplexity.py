@@ -8,6 +8,10 @@ from typing import Any
 from ..data import Example
 from ..errors import DataError
 
+KIND = "text"
+COLUMNS = ()
+METRICS = ("nats", "perplexity")
+
 
 def examples(rows: Sequence[Mapping[str, Any]], column: str, tokenizer: Any, max_length: int) -> list[Example]:
     """The windows of every text that is not blank; a document longer than a window goes on in the next one."""

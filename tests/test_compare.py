@@ -1,0 +1,192 @@
+"""The grid of runs: seeds, tuning, and what happens when it is killed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import smf.tune
+from smf.compare import compare, result_path
+from smf.errors import ConfigError, DataError
+from smf.recipe import Recipe, load_recipe
+from smf.stats import change
+from smf.table import rows_of
+from smf.tune import tune, tuning_table
+from tiny import make_world
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "smf", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def scores_of(result: dict) -> dict:
+    return {"scores": result["scores"], "rows": result["rows_changed"], "steps": result["steps"]}
+
+
+def test_seeds_are_averaged_and_the_base_runs_once(world: Path):
+    done = subprocess.run(
+        command("compare", world, "--methods", "smf", "--seeds", 2, "--max-steps", 2),
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "over 2 seeds and examples" in done.stdout and "smf, seed 1 (3 of 3)" in done.stderr
+    recipe = load_recipe(world)
+    recipe = replace(recipe, train=replace(recipe.train, steps=2), heal=replace(recipe.heal, steps=2))
+    base, one, two = results = compare(recipe, ["smf"], 2)
+    assert [r["method"] for r in results] == ["base", "smf", "smf"] and [r["seed"] for r in results] == [0, 0, 1]
+    assert one["scores"]["exam"] != two["scores"]["exam"]
+    mean = (one["scores"]["exam"]["metrics"]["loss"] + two["scores"]["exam"]["metrics"]["loss"]) / 2
+    records = [run["scores"]["exam"]["records"] for run in (one, two)]
+    estimate = change(records, base["scores"]["exam"]["records"], "loss")
+    cell = rows_of(results, ["loss"])[1][1][1]
+    assert cell == f"{mean:.3f}\n{estimate.value:+.3f}\n[{estimate.low:+.3f}, {estimate.high:+.3f}]"
+
+
+def test_methods_run_in_processes_of_their_own(world: Path):
+    recipe = load_recipe(world, output=str(world.parent / "own"))
+    compare(recipe, ["base"])
+    assert result_path(recipe, "base").is_file()
+    with pytest.raises(ConfigError, match="seeds must be at least 1"):
+        compare(recipe, seeds=0)
+
+
+@pytest.mark.parametrize("moment", ["smf-*", "smf-*/checkpoints/checkpoint-2/smf_complete.json"])
+def test_killed_comparison_leaves_nothing_running_and_goes_on_to_the_same_result(tmp_path: Path, moment: str):
+    recipe_file = make_world(tmp_path)
+    recipe_file.write_text(
+        recipe_file.read_text().replace("steps = 4\n", "steps = 40\n")
+    )  # long enough to be killed in
+    run = command("compare", recipe_file, "--methods", "smf")
+    subprocess.run([*run, "--output", str(tmp_path / "calm")], env=ONE_THREAD, check=True, capture_output=True)
+    process = subprocess.Popen(
+        run, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    _wait_for(lambda: list((tmp_path / "runs").glob(moment)))
+    process.send_signal(signal.SIGKILL)  # the parent alone: its run must end by itself
+    process.wait()
+    _wait_for(lambda: not _living(process.pid))
+    result = result_path(load_recipe(recipe_file), "smf")
+    assert not result.is_file()
+    again = subprocess.run(run, env=ONE_THREAD, check=True, capture_output=True, text=True, timeout=300)
+    assert ("resuming from" in again.stderr) == ("checkpoint" in moment)
+    whole = json.loads((tmp_path / "calm" / result.relative_to(tmp_path / "runs")).read_text())
+    assert scores_of(json.loads(result.read_text())) == scores_of(whole)
+
+
+def _wait_for(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 200
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _living(group: int) -> list[str]:
+    """Processes of a group that run (not those that only wait to be reaped)."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [" ".join(line) for line in lines if int(line[0]) == group and not line[1].startswith("Z")]
+
+
+# -- tuning -----------------------------------------------------------------------------------------------------------
+
+
+def fake_compare(best: float, calls: list[float]):
+    """Runs whose score is highest at the learning rate `best`."""
+
+    def run(recipe: Recipe) -> list[dict]:
+        assert list(recipe.target.eval) == ["validation"]
+        results = []
+        for name, method in recipe.methods.items():
+            score = 0.0 if method.kind == "base" else 1 - abs(math.log(method.lr / best)) / 10
+            if method.kind != "base":
+                calls.append(method.lr)
+            scores = {"validation": {"role": "target", "metrics": {"acc": score, "loss": 1 - score}, "records": []}}
+            results.append({"method": name, "scores": scores, "rows_changed": 0, "seconds": 1.0})
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize("metric", ["acc", "loss"])
+@pytest.mark.parametrize(("best", "points"), [(1e-2, 5), (2e-2, 5), (4e-2, 6), (8e-2, 7), (2.5e-3, 6), (1e3, 10)])
+def test_grids_have_one_size_and_grow_until_the_best_is_interior(
+    world: Path, monkeypatch: pytest.MonkeyPatch, best: float, points: int, metric: str
+):
+    calls: list[float] = []
+    monkeypatch.setattr(smf.tune, "compare", fake_compare(best, calls))
+    recipe = load_recipe(world)
+    recipe = replace(recipe, target=replace(recipe.target, metrics=[metric]))
+    tuned = tune(recipe, ["lora"])["methods"]["lora"]  # lr = 1e-2 in the recipe
+    rates = [point["lr"] for point in tuned["grid"]]
+    assert len(rates) == points and rates == sorted(rates) and len(set(rates)) == points
+    assert tuned["interior"] == (points < 10)
+    if tuned["interior"]:
+        assert tuned["best"] == pytest.approx(best) and tuned["best"] not in (rates[0], rates[-1])
+
+
+def test_tuning_shows_every_point(world: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(smf.tune, "compare", fake_compare(1e-2, []))
+    tuned = tune(load_recipe(world), points=3)
+    table = tuning_table(tuned)
+    assert set(tuned["methods"]) == {"smf", "smf-all", "smf-healed", "lora", "full"}
+    for entry in tuned["methods"].values():
+        assert all(f"{point['lr']:g}: {point['score']:.3f}" in table for point in entry["grid"])
+
+
+def test_tuning_without_validation_rows_is_refused(world: Path):
+    recipe = load_recipe(world)
+    with pytest.raises(ConfigError, match=r"no \[target.validation\]"):
+        tune(replace(recipe, target=replace(recipe.target, validation=None)))
+    for points, factor in ((2, 2.0), (4, 2.0), (5, 1.0)):
+        with pytest.raises(ConfigError, match="odd number"):
+            tune(recipe, points=points, factor=factor)
+    with pytest.raises(ConfigError, match=r"no \[methods.smff\]"):
+        tune(recipe, ["smff"])
+
+
+def test_tune_command_runs_resumes_and_writes_its_points(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    line = command("tune", recipe, "--methods", "full", "--points", 3, "--max-steps", 1)
+    for _ in range(2):
+        done = subprocess.run(line, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "finished, kept" in done.stderr and "| full |" in done.stdout
+    tuned = json.loads((tmp_path / "runs" / "tuning" / "tune.json").read_text())["methods"]["full"]
+    assert len(tuned["grid"]) >= 3 and all("stories" in point["scores"] for point in tuned["grid"])
+
+
+def test_validation_rows_may_not_be_trained_on(tmp_path: Path):
+    recipe_file = make_world(tmp_path)
+    recipe_file.write_text(recipe_file.read_text().replace('"validation.jsonl"', '"train.jsonl"'))
+    done = subprocess.run(command("tune", recipe_file), env=ONE_THREAD, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "both trained and scored" in done.stderr
+
+
+def test_probe_may_not_take_the_validation_sets_name(world: Path):
+    recipe = load_recipe(world)
+    with pytest.raises(ConfigError, match="give the probe of that name another one"):
+        tune(replace(recipe, probes={"validation": recipe.probes["stories"]}))
+
+
+def test_validation_rows_may_not_be_scored_too(world: Path):
+    recipe = load_recipe(world)
+    with pytest.raises(DataError, match="12 validation rows are in"):
+        tune(replace(recipe, target=replace(recipe.target, validation=recipe.target.eval["exam"])))
