@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import world
 from .background import pad_right
 from .errors import DataError
 from .recipe import Source
@@ -38,7 +39,7 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
 
     Args:
         source: which file or data set, and which of its rows.
-        data: the folder that `source.path` is below, or "hub".
+        data: the folder that `source.path` is below, "hub" or "world".
         parts: shares by name, for `source.part`.
         need: columns that every row must have.
 
@@ -47,7 +48,10 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
     """
     import datasets
 
-    if data == "hub":
+    if data == "world":
+        where = f"the embedded world's {source.path!r}"
+        rows = datasets.Dataset.from_list(world.rows(source.path))
+    elif data == "hub":
         if not source.hub:
             raise DataError(f"the source {source.path!r} names no hub data set; give --data a folder that has the file")
         where = f"{source.hub} ({source.split})"

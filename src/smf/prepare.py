@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from . import methods
+from . import methods, world
 from .data import Example, encode, keep_answered, load_rows
 from .decoder import default_layers, find_decoder
 from .errors import ConfigError, DataError
@@ -149,6 +149,13 @@ def load_base(recipe: Recipe) -> Any:
 def _from_base(loader: Any, recipe: Recipe, **options: Any) -> Any:
     if not recipe.base:
         raise ConfigError("the recipe names no base; give --base a model folder or a hub name")
+    if recipe.base == "world":
+        if not world.BASE.is_dir():
+            raise ConfigError(
+                'base = "world": the embedded base is not shipped yet; make it with python -m smf.world.train_base '
+                "--output FOLDER (an hour on two cores) and give --base FOLDER"
+            )
+        return loader.from_pretrained(world.BASE, **options)
     looks_like_path = recipe.base.startswith((".", "/", "~")) or recipe.base.count("/") > 1
     if looks_like_path and not Path(recipe.base).is_dir():
         raise ConfigError(f"base = {recipe.base!r}: there is no model folder; give --base a folder or a hub name")

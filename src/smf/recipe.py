@@ -24,7 +24,7 @@ class Source:
     """Where rows come from: a file below the data folder, or a data set on the hub."""
 
     path: str = ""
-    """File below `data`, .jsonl or .jsonl.gz."""
+    """File below `data`, .jsonl or .jsonl.gz; of the embedded world, the name of a set."""
     hub: str = ""
     """Name on the hub, used where the recipe's `data` is "hub"."""
     config: str = ""
@@ -176,13 +176,13 @@ class Recipe:
     """A whole comparison."""
 
     base: str = ""
-    """Folder or hub name of the base model."""
+    """Folder or hub name of the base model, or "world": the one that is shipped."""
     revision: str = "main"
     """The base's revision on the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the base is loaded as."""
     data: str = "hub"
-    """Folder that the sources' paths are below, or "hub"."""
+    """Folder that the sources' paths are below, "hub", or "world": the embedded world (smf.world)."""
     output: str = "runs"
     """Folder of the runs."""
     seed: int = 0
