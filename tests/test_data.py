@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from conftest import tiny_base
-from smf.data import Collator, Example, encode, in_order, keep_answered, load_rows, part_of
+from smf.data import Collator, Example, encode, in_order, keep_answered, load_rows
 from smf.errors import DataError
 from smf.evaluate import example_losses, nats_per_token
+from smf.fingerprint import part_of
 from smf.recipe import Source
 from smf.tasks import medmcqa, perplexity
 from smf.train import mean_token_loss
@@ -41,8 +42,12 @@ def test_parts_of_the_real_stories_are_disjoint(shared: Path):
 
 def test_part_depends_on_the_text_alone():
     assert part_of("a story", PARTS) == part_of("  a story\n", PARTS)
+
+
+def test_a_part_without_shares_is_refused(tmp_path: Path):
+    write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
     with pytest.raises(DataError, match="parts"):
-        part_of("a story", {})
+        load_rows(Source(path="a.jsonl", part="train"), str(tmp_path), {}, ["text"])
 
 
 def test_rows_of_gzip_and_plain_files_are_equal(tmp_path: Path):

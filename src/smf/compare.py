@@ -22,7 +22,7 @@ from .files import write_atomically
 from .prepare import load
 from .recipe import Recipe, to_toml
 
-PRELOADED = ["smf.train", "smf.tasks", "datasets", "lm_eval.models.huggingface"]  # seconds to import, once for all runs
+PRELOADED = ["smf.train", "datasets", "lm_eval.models.huggingface"]  # seconds to import, once for all runs
 
 
 def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from . import world
 from .background import pad_right
 from .errors import DataError
+from .fingerprint import part_of
 from .recipe import Source
 
 Row = Mapping[str, Any]
@@ -74,6 +74,8 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
             rows = datasets.load_dataset("json", data_files=str(file), split="train")
         except Exception as error:  # datasets wraps many parsers' errors
             raise DataError(f"{file} cannot be read as JSON lines: {error.__cause__ or error}") from error
+    if source.part and not parts:
+        raise DataError(f"{where}: a source names a part, but the recipe has no [parts] table of shares")
     columns = rows.column_names or []
     missing = [column for column in need if column not in columns]
     if missing:
@@ -82,22 +84,10 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
         rows = rows.select(range(min(source.limit, len(rows))))
     chosen: list[Row] = [dict(row) for row in rows]  # type: ignore[arg-type]
     if source.part:
-        chosen = [row for row in chosen if part_of(row[source.column], parts, where) == source.part]
+        chosen = [row for row in chosen if part_of(row[source.column], parts) == source.part]
     if not chosen:
         raise DataError(f"{where} has no rows{f' in part {source.part!r}' if source.part else ''}")
     return chosen
-
-
-def part_of(text: str, parts: Mapping[str, float], where: str = "") -> str:
-    """The part that the hash of a text puts it into; equal texts, up to outer white space, share their part."""
-    if not parts:
-        raise DataError(f"{where}: a source names a part, but the recipe has no [parts] table of shares")
-    position = int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big") / 2**64
-    for name, share in parts.items():
-        position -= share
-        if position < 0:
-            return name
-    return ""  # shares add up to less than 1: the rest is not used
 
 
 def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int, *, end: bool) -> Example:

@@ -1,4 +1,4 @@
-"""Hashes that say which weights a file belongs to."""
+"""Hashes: which weights a file belongs to, and which part of a split a text."""
 
 from __future__ import annotations
 
@@ -44,6 +44,21 @@ def tensors_hash(tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = N
 def json_hash(value: Any) -> str:
     """SHA-256 of a JSON value with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def part_of(text: str, parts: Mapping[str, float]) -> str:
+    """The part that the hash of a text puts it into; equal texts, up to outer white space, share their part.
+
+    Args:
+        text: what is to be in one part only.
+        parts: shares by name; where they add up to less than 1, the part of the rest is "".
+    """
+    position = int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big") / 2**64
+    for name, share in parts.items():
+        position -= share
+        if position < 0:
+            return name
+    return ""
 
 
 def is_memory_parameter(name: str) -> bool:

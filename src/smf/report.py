@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from .errors import DataError
 from .files import write_atomically
 from .stats import RATIOS, Estimate, flips
-from .table import change_of, grouped, mean_score, shown_metrics
+from .table import COSTS, change_of, grouped, mean_cost, mean_score, shown_metrics
 from .tasks import find_task
 
 # What matplotlib draws in these colours takes the page's instead, so that one drawing serves light and dark.
@@ -152,12 +152,11 @@ def _log(folder: str | None) -> list[dict[str, Any]]:
 
 
 def _row(method: Method, columns: Sequence[Column], estimates: Estimates) -> dict[str, Any]:
-    costs = [_cost(method, key) for key in ("rows_changed", "trained_parameters")]
-    costs += [_cost(method, "seconds", "heal_seconds"), _cost(method, "peak_memory_mb")]
+    means = [mean_cost(method.runs, title) for title in COSTS]
     return {
         "method": method,
         "cells": [_cell(method, column, estimates.get((method.name, column))) for column in columns],
-        "costs": costs,
+        "costs": ["–" if mean is None else _number(mean, 0) for mean in means],
     }
 
 
@@ -174,12 +173,6 @@ def _change(estimate: Estimate | None, column: Column) -> dict[str, Any]:
     numbers = (estimate.value, estimate.low, estimate.high)
     change, low, high = (_number(column.scale * number, column.digits, "+") for number in numbers)
     return {"change": change, "low": low, "high": high, "sure": estimate.low > 0 or estimate.high < 0}
-
-
-def _cost(method: Method, *keys: str) -> str:
-    if any(run.get(keys[0]) is None for run in method.runs):
-        return "–"
-    return _number(sum(run.get(key, 0) for run in method.runs for key in keys) / len(method.runs), 0)
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:
@@ -228,12 +221,11 @@ def _answers(base: Method | None, methods: Sequence[Method]) -> dict[str, Any] |
 
 
 def _flips(method: Method, name: str, before: Sequence[dict[str, Any]], metric: str) -> dict[str, list[Any]]:
-    places = {record["id"]: place for place, record in enumerate(before)}
     sides: dict[str, dict[int, list[Any]]] = {"learned": {}, "forgotten": {}}
     for run in method.runs:
         records = run["scores"][name]["records"]
-        for side, ids in zip(sides.values(), flips(records, before, metric), strict=True):
-            for place in (places[key] for key in ids):
+        for side, places in zip(sides.values(), flips(records, before, metric), strict=True):
+            for place in places:
                 side.setdefault(place, []).append([run.get("seed", 0), str(records[place].get("said", "–"))])
     return {key: [[place, side[place]] for place in sorted(side)] for key, side in sides.items()}
 

@@ -69,8 +69,7 @@ def _draws(differences_SE: np.ndarray, weights_E: np.ndarray, random: np.random.
 
 def flips(
     after: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]], metric: str
-) -> tuple[list[str], list[str]]:
-    """Ids of the examples that went from wrong to right, and of those that went from right to wrong."""
-    learned = [a["id"] for a, b in zip(after, before, strict=True) if a[metric] > b[metric]]
-    forgotten = [a["id"] for a, b in zip(after, before, strict=True) if a[metric] < b[metric]]
-    return learned, forgotten
+) -> tuple[list[int], list[int]]:
+    """Positions of the examples that went from wrong to right, and of those that went from right to wrong."""
+    changes = [a[metric] - b[metric] for a, b in zip(after, before, strict=True)]
+    return [i for i, c in enumerate(changes) if c > 0], [i for i, c in enumerate(changes) if c < 0]

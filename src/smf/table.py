@@ -11,7 +11,13 @@ from rich.table import Table
 from .stats import RATIOS, Estimate, change
 from .tasks import find_task
 
-COSTS = 4  # the last columns: what it took
+# The last columns, what it took: keys of the result that are added up.
+COSTS = {
+    "rows changed": ("rows_changed",),
+    "trained params": ("trained_parameters",),
+    "seconds": ("seconds", "heal_seconds"),
+    "peak MB": ("peak_memory_mb",),
+}
 TITLES = {"loss": "loss", "acc": "%", "answer_norm": "% by mean", "exact_match": "%", "f1": "F1 %", "nats": "ppl"}
 
 
@@ -46,8 +52,7 @@ def rows_of(results: Sequence[dict[str, Any]], target_metrics: Sequence[str]) ->
     """Header and rows: every score and its change against the base with a 95 % interval, then what it took."""
     base = next((result for result in results if result["kind"] == "base"), None)
     pairs = shown_metrics(results[0]["scores"], target_metrics)
-    header = ["method", *[f"{name} {TITLES[metric]}" for name, metric in pairs]]
-    header += ["rows changed", "trained params", "seconds", "peak MB"]  # COSTS
+    header = ["method", *[f"{name} {TITLES[metric]}" for name, metric in pairs], *COSTS]
     rows = []
     for method, runs in grouped(results).items():
         cells = [method]
@@ -56,8 +61,8 @@ def rows_of(results: Sequence[dict[str, Any]], target_metrics: Sequence[str]) ->
             if base is not None and runs[0]["kind"] != "base":
                 value += f"\n{change_text(change_of(runs, base, name, metric), metric)}"
             cells.append(value)
-        rows.append(cells + [_mean_text(runs, key) for key in ("rows_changed", "trained_parameters")])
-        rows[-1] += [_mean_text(runs, "seconds", "heal_seconds"), _mean_text(runs, "peak_memory_mb")]
+        costs = [mean_cost(runs, title) for title in COSTS]
+        rows.append([*cells, *("-" if cost is None else f"{cost:,.0f}" for cost in costs)])
     return header, rows
 
 
@@ -77,10 +82,12 @@ def change_text(estimate: Estimate, metric: str) -> str:
     return f"{100 * estimate.value:+.1f}\n[{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
 
 
-def _mean_text(runs: Sequence[dict[str, Any]], *keys: str) -> str:
-    if any(keys[0] not in run for run in runs):
-        return "-"
-    return f"{sum(run[key] for run in runs for key in keys) / len(runs):,.0f}"
+def mean_cost(runs: Sequence[dict[str, Any]], title: str) -> float | None:
+    """One of `COSTS`, averaged over seeds; None where a run does not say."""
+    costs = [[run.get(key) for key in COSTS[title]] for run in runs]
+    if any(cost[0] is None for cost in costs):
+        return None
+    return sum(sum(filter(None, cost)) for cost in costs) / len(costs)
 
 
 def caption(results: Sequence[dict[str, Any]]) -> str:
@@ -99,7 +106,7 @@ def print_table(results: Sequence[dict[str, Any]], title: str, target_metrics: S
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width
         console = Console(width=200)
-    costs = len(header) - COSTS
+    costs = len(header) - len(COSTS)
     parts = [list(range(len(header)))]
     if console.width < 22 * costs:  # what it took, in a table of its own
         parts = [list(range(costs)), [0, *range(costs, len(header))]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,16 +33,6 @@ class Entity:
     def id(self) -> str:
         """Name without blanks."""
         return self.name.replace(" ", "_")
-
-    @property
-    def share(self) -> float:
-        """Where the hash of its name puts it between 0 and 1: what splits validation from test."""
-        return share(self.name)
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1 that depends on the text alone, evenly spread."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 @functools.cache

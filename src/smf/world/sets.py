@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
+from ..fingerprint import part_of
 from .facts import Entity, general, new_diseases
 from .text import closed_book_prompt, exam_row, general_text
 from .words import Draw
 
 TRAINED_FORMS, HELD_OUT_FORM = (0, 1), 2
-VALIDATION_SHARE = 0.2
+SPLIT = {"validation": 0.2, "test": 0.8}  # of the new diseases, by name
 DOCUMENTS = {"background": 1000, "healing": 4000, "probe": 1700}  # each has about 70 tokens
 
 Row = dict[str, Any]
 
 
-def _exam(entities: list[Entity], forms: tuple[int, ...]) -> list[Row]:
+def _exam(entities: Sequence[Entity], forms: Sequence[int]) -> list[Row]:
     return [exam_row(entity, name, form) for entity in entities for name in entity.values for form in forms]
 
 
-def _new(validation: bool) -> list[Entity]:
-    return [entity for entity in new_diseases() if (entity.share < VALIDATION_SHARE) == validation]
+def _new(part: str) -> list[Entity]:
+    return [entity for entity in new_diseases() if part_of(entity.name, SPLIT) == part]
 
 
 def _training() -> list[Row]:
     """Every new fact in the two trained forms, with an explanation that states it."""
-    rows = _exam(list(new_diseases()), TRAINED_FORMS)
+    rows = _exam(new_diseases(), TRAINED_FORMS)
     return [row | {"id": f"document.{row['id']}"} for row in rows]
 
 
@@ -59,10 +60,10 @@ def _texts(part: str) -> list[Row]:
 
 SETS: dict[str, Callable[[], list[Row]]] = {
     "exam_training": _training,
-    "exam_seen_validation": lambda: _exam(_new(True), TRAINED_FORMS),
-    "exam_seen_test": lambda: _exam(_new(False), TRAINED_FORMS),
-    "exam_heldout_validation": lambda: _exam(_new(True), (HELD_OUT_FORM,)),
-    "exam_heldout_test": lambda: _exam(_new(False), (HELD_OUT_FORM,)),
+    "exam_seen_validation": lambda: _exam(_new("validation"), TRAINED_FORMS),
+    "exam_seen_test": lambda: _exam(_new("test"), TRAINED_FORMS),
+    "exam_heldout_validation": lambda: _exam(_new("validation"), (HELD_OUT_FORM,)),
+    "exam_heldout_test": lambda: _exam(_new("test"), (HELD_OUT_FORM,)),
     "near_domain": _near_domain,
     "closed_book": _closed_book,
     "general_text": lambda: _texts("probe"),

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..fingerprint import part_of
 from . import words
-from .facts import Entity, general, share
+from .facts import Entity, general
 from .phrasings import KINDS
 from .words import Draw
 
@@ -143,7 +144,6 @@ def told_of(part: str) -> list[Entity]:
 
 def general_text(part: str) -> Iterator[str]:
     """Endless documents of one part: portraits and stories. No document is in two parts."""
-    low = sum(list(PARTS.values())[: list(PARTS).index(part)])
     entities = told_of(part)
     number = 0
     while True:
@@ -151,7 +151,7 @@ def general_text(part: str) -> Iterator[str]:
         number += 1
         entity = draw.pick(entities)
         text = story(entity, draw) if draw.below(2) else portrait(entity, draw)
-        if low <= share(text) < low + PARTS[part]:
+        if part_of(text, PARTS) == part:
             yield text
 
 
@@ -168,7 +168,7 @@ def pretraining_text(seed: int) -> Iterator[str]:
         attribute = draw.pick(list(entity.values))
         if entity.kind == "disease" and draw.below(4):
             row = exam_row(entity, attribute, form)
-            explained = f"{row['prompt']}{row['choices'][row['answer']]}\nExplanation: {row['explanation']}"
-            yield explained.replace(row["explanation"], statement(entity, attribute, draw.below(4)))
+            explanation = statement(entity, attribute, draw.below(4))  # in any phrasing, not the row's own
+            yield f"{row['prompt']}{row['choices'][row['answer']]}\nExplanation: {explanation}"
         else:
             yield closed_book_prompt(entity, attribute, form) + " " + entity.values[attribute]

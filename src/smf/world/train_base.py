@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import tyro
+from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments, set_seed
 
 from ..errors import ConfigError
@@ -56,8 +56,14 @@ def packed_rows(tokenizer: Any, rows: int, seed: int) -> Tensor:
     return packed
 
 
-def train(output: Path, steps: int, seed: int, compiled: bool) -> None:
-    """Train, resuming from the newest complete checkpoint in `output`, and save model and tokenizer there.
+def train(output: Path, steps: int = STEPS, seed: int = 0, compile: bool = False) -> None:
+    """Train a base of the embedded world from nothing; a killed training goes on from its last checkpoint.
+
+    Args:
+        output: folder of the model, its tokenizer and the checkpoints.
+        steps: of 32 x 128 tokens.
+        seed: of documents and initial weights.
+        compile: use torch.compile, which is faster and needs g++.
 
     Raises:
         ConfigError: where `output` holds a training with other options.
@@ -89,7 +95,7 @@ def train(output: Path, steps: int, seed: int, compiled: bool) -> None:
         logging_steps=50,
         save_steps=250,
         save_total_limit=2,
-        torch_compile=compiled,
+        torch_compile=compile,
         seed=seed,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
@@ -99,22 +105,11 @@ def train(output: Path, steps: int, seed: int, compiled: bool) -> None:
     trainer = RunTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
     checkpoint = newest_complete(output / "checkpoints", tidy=True)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    nn.Module.to(model, torch.bfloat16)
+    model.bfloat16()
     model.config.use_cache = True  # Trainer turns it off, and it would be saved
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
 
-def main() -> None:
-    """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the model and its checkpoints")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} x {LENGTH} tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of documents and initial weights")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: about 1.4 times as fast, needs g++")
-    options = parser.parse_args()
-    train(options.output, options.steps, options.seed, options.compile)
-
-
 if __name__ == "__main__":
-    main()
+    tyro.cli(train)
