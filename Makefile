@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-BASE   ?= ../shared/models/tinystories-656k
-DATA   ?= ../shared/data
 
 .PHONY: help demo test test-all lint bench clean
 
@@ -17,8 +15,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $(STAMP)
 
-demo: $(STAMP)          ## the first comparison, on a base and data of yours (BASE=folder-or-hub-name, DATA=folder-or-hub)
-	$(BIN)/smf compare local_example.toml --base '$(BASE)' --data '$(DATA)' --output runs/local_example
+demo: $(STAMP)          ## the whole comparison on the embedded world: table, and runs/demo/report.html
+	$(BIN)/smf demo
 
 test: $(STAMP)          ## the fast tests (minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'

@@ -271,7 +271,7 @@ def test_errors_of_ours_are_one_line_without_traceback(own_world: Path):
 
 
 def test_help_names_every_command_and_option():
-    assert all(word in run("--help").stdout for word in ("compare", "tune", "train", "eval"))
+    assert all(word in run("--help").stdout for word in ("demo", "compare", "tune", "train", "eval"))
     text = run("compare", "--help").stdout
     assert all(option in text for option in ("--methods", "--base", "--data", "--output", "--seed", "--max-steps"))
 

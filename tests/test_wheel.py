@@ -65,10 +65,10 @@ def test_installed_wheel_trains_two_steps_outside_the_repo(environment: Path, tm
     assert "local_example.toml" in report["recipes"]
 
 
-def test_installed_wheel_has_the_command_its_types_and_its_report(environment: Path, tmp_path: Path):
-    command = [str(environment / "bin/smf"), "compare", "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0
-    assert "--max-steps" in done.stdout
-    for file in ("py.typed", "report.html.jinja"):
-        assert list(environment.glob(f"lib/python*/site-packages/smf/{file}"))
+def test_installed_wheel_runs_the_demo_outside_the_repo_and_has_its_types(environment: Path, tmp_path: Path):
+    options = ["--max-steps", "1", "--limit", "5", "--methods", "smf-kl"]
+    command = [str(environment / "bin/smf"), "demo", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "smf-kl" in done.stdout and (tmp_path / "runs/demo/report.html").is_file()
+    assert list(environment.glob("lib/python*/site-packages/smf/py.typed"))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smf import world
 from smf.data import load_rows
-from smf.errors import ConfigError, DataError
+from smf.errors import DataError
 from smf.prepare import load_base
 from smf.recipe import Source, load_recipe
 from smf.world.facts import general, new_diseases
@@ -25,17 +25,24 @@ from smf.world.train_base import LENGTH, packed_rows
 
 EXAM_SETS = [name for name in world.SETS if name.startswith("exam")] + ["near_domain"]
 TEXT_SETS = ["general_text", "background", "healing"]
+LOG = (Path(__file__).parents[1] / "docs" / "log.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return AutoTokenizer.from_pretrained(world.BASE)
 
 
 @pytest.fixture(scope="module")
 def pretraining() -> list[str]:
     """A part of what the base was trained on."""
     return list(islice(pretraining_text(0), 20_000))
+
+
+def test_the_world_is_the_frozen_one():
+    assert world.fingerprint()["together"] == world.HASH
+    for name, value in world.fingerprint().items():
+        assert f"| `{name}` | `{value}` |" in LOG, f"{name} changed: it was frozen before any memory method ran on it"
 
 
 def test_every_process_makes_the_same_world():
@@ -202,6 +209,13 @@ def test_articles_fit_their_nouns(pretraining: list[str]):
 # -- tokenizer --------------------------------------------------------------------------------------------------------
 
 
+def test_tokenizer_of_the_base_is_the_one_the_code_makes(tokenizer):
+    made = make_tokenizer()
+    assert made.get_vocab() == tokenizer.get_vocab()
+    text = world.rows("background")[0]["text"]
+    assert made(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
 def test_text_survives_the_tokenizer(tokenizer):
     texts = [row["text"] for row in world.rows("general_text")]
     texts += [row["prompt"] + row["choices"][0] for row in world.rows("near_domain")]
@@ -226,6 +240,15 @@ def test_choices_are_single_tokens(tokenizer):
 # -- the base ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_shipped_base_is_small_and_loads_in_float32():
+    assert sum(file.stat().st_size for file in world.BASE.iterdir()) <= 8 * 2**20
+    assert AutoModelForCausalLM.from_pretrained(world.BASE).dtype == torch.bfloat16
+    model = load_base(load_recipe("demo.toml"))
+    assert model.config.model_type == "qwen2" and model.dtype == torch.float32
+    assert 2.5e6 < model.num_parameters() < 3.5e6
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())  # as stored
+
+
 def test_rows_of_pretraining_begin_with_a_document():
     tokenizer = make_tokenizer()
     rows = packed_rows(tokenizer, 50, seed=0)
@@ -241,22 +264,13 @@ def test_the_base_can_be_made_again(tmp_path: Path):
     """Two steps of the real script; the whole takes 45 minutes (docs/world.md)."""
     command = [sys.executable, "-m", "smf.world.train_base", "--output", str(tmp_path), "--steps", "2"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    shipped = AutoModelForCausalLM.from_pretrained(world.BASE)
     made = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert made.config.model_type == "qwen2" and made.dtype == torch.bfloat16
-    assert 2.5e6 < made.num_parameters() < 3.5e6
-    assert sum(file.stat().st_size for file in tmp_path.glob("*.*") if file.is_file()) <= 8 * 2**20
-    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == make_tokenizer().get_vocab()
-    text = world.rows("background")[0]["text"]
-    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == make_tokenizer()(text)["input_ids"]
+    assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in shipped.named_parameters()}
+    assert (tmp_path / "model.safetensors").stat().st_size == (world.BASE / "model.safetensors").stat().st_size
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == AutoTokenizer.from_pretrained(world.BASE).get_vocab()
     other = subprocess.run([*command[:-1], "3"], capture_output=True, text=True, timeout=300)
     assert other.returncode != 0 and "holds a training with other options" in other.stderr
-
-
-def test_the_base_that_is_not_shipped_yet_is_refused_with_what_to_do(tmp_path: Path):
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text('base = "world"\ndata = "world"\n[methods.base]\nkind = "base"\n')
-    with pytest.raises(ConfigError, match=r"python -m smf\.world\.train_base"):
-        load_base(load_recipe(recipe))
 
 
 def test_recipes_take_sets_of_the_world_by_name():

@@ -124,6 +124,18 @@ def compare(
     print(f"report: {output / 'report.html'}")
 
 
+def demo(methods: tuple[str, ...] = (), seeds: int = 1, overrides: Options = Overrides()) -> None:
+    """The whole comparison on the embedded world, in minutes on two CPU cores: `smf compare demo.toml`.
+
+    Args:
+        methods: names of methods, beside which the base is always shown; none: all.
+        seeds: how many seeds to run.
+    """
+    from .recipe import SHIPPED
+
+    compare(SHIPPED / "demo.toml", methods, seeds, overrides)
+
+
 def tune(
     recipe: RecipePath,
     /,
@@ -158,6 +170,7 @@ def main() -> None:
 
     quiet_known_warnings()
     commands: dict[str, Callable[..., Any]] = {
+        "demo": demo,
         "compare": compare,
         "tune": tune,
         "train": train,

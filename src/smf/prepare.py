@@ -150,11 +150,6 @@ def _from_base(loader: Any, recipe: Recipe, **options: Any) -> Any:
     if not recipe.base:
         raise ConfigError("the recipe names no base; give --base a model folder or a hub name")
     if recipe.base == "world":
-        if not world.BASE.is_dir():
-            raise ConfigError(
-                'base = "world": the embedded base is not shipped yet; make it with python -m smf.world.train_base '
-                "--output FOLDER (an hour on two cores) and give --base FOLDER"
-            )
         return loader.from_pretrained(world.BASE, **options)
     looks_like_path = recipe.base.startswith((".", "/", "~")) or recipe.base.count("/") > 1
     if looks_like_path and not Path(recipe.base).is_dir():

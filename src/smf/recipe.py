@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from . import world
 from .adapter import SparseMemoryConfig
 from .errors import ConfigError
 from .fingerprint import json_hash
@@ -209,6 +210,8 @@ class Recipe:
         keys.pop("output")
         for key in ("metrics", "validation"):  # what is shown, and what `smf tune` looks at
             keys["target"].pop(key)
+        if "world" in (self.base, self.data):
+            keys["world"] = world.HASH
         return f"{method}-{json_hash(keys)[:10]}"
 
 

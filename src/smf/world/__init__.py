@@ -3,8 +3,8 @@
     from smf import world
     world.SETS                   # names of the sets
     world.rows("closed_book")    # [{"id": ..., "prompt": "Question: ... Answer:", "answers": ["lute"]}, ...]
-    world.BASE                   # where the base model will lie; until it is shipped, train_base makes it
-    world.fingerprint()          # sha256 of every set
+    world.BASE                   # folder of the shipped base model, for from_pretrained
+    world.fingerprint()          # sha256 of every set and of the base, all together world.HASH
 
 What there is and how it was made: docs/world.md.
 """
@@ -20,8 +20,9 @@ from ..errors import DataError
 from .sets import SETS, rows_of_set
 
 BASE = Path(__file__).parent / "base"
+HASH = "45f3b107759c067b16c9a1018a31c4b4d34103f65e5aa1c64531e5fbc0dadadb"  # of fingerprint(): the world is frozen (docs/log.md, 2026-11-22)
 
-__all__ = ["BASE", "SETS", "fingerprint", "rows"]
+__all__ = ["BASE", "HASH", "SETS", "fingerprint", "rows"]
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -32,5 +33,9 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def fingerprint() -> dict[str, str]:
-    """sha256 of each set's rows, in order: equal on every machine."""
-    return {name: hashlib.sha256(json.dumps(rows(name), sort_keys=True).encode()).hexdigest() for name in SETS}
+    """sha256 of each set's rows, in order, and of the base's files, and of these together: equal on every machine."""
+    hashes = {name: hashlib.sha256(json.dumps(rows(name), sort_keys=True).encode()).hexdigest() for name in SETS}
+    for file in ("model.safetensors", "tokenizer.json"):
+        hashes[file] = hashlib.sha256((BASE / file).read_bytes()).hexdigest()
+    hashes["together"] = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return hashes

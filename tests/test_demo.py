@@ -1,0 +1,98 @@
+"""The demo on the embedded world, as the command runs it: a few steps in the fast tier, all of it in the slow one."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from smf.recipe import load_recipe
+
+METHODS = ["base", "smf-kl", "smf-tfidf", "smf-kl-gradient", "smf-all-rows", "lora", "full"]
+
+
+def demo(folder: Path, *arguments: object, timeout: int = 500) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "smf", "demo", "--output", str(folder), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def metrics(folder: Path) -> dict[str, dict[str, float]]:
+    """Each method's headline scores."""
+    summary = json.loads((folder / "summary.json").read_text())
+    headline = {"choices": "acc", "closed_book": "exact_match", "perplexity": "perplexity"}
+    return {r["method"]: {n: s["metrics"][headline[s["task"]]] for n, s in r["scores"].items()} for r in summary}
+
+
+def check_base(base: dict[str, float]) -> None:
+    assert abs(base["held-out"] - 0.25) <= 0.03 and abs(base["seen"] - 0.25) <= 0.03
+    assert base["near-domain"] >= 0.90 and base["closed-book"] >= 0.95
+    assert base["general-text"] < 6
+
+
+@pytest.fixture(scope="module")
+def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, demo(folder, "--max-steps", 2, "--methods", "smf-kl")
+
+
+def test_recipe_of_the_demo_has_what_it_promises():
+    recipe = load_recipe("demo.toml")
+    assert list(recipe.methods) == METHODS
+    assert 200 <= recipe.train.steps <= 250
+    assert (recipe.base, recipe.data) == ("world", "world")
+
+
+def test_short_demo_scores_the_base_as_promised(short_demo):
+    check_base(metrics(short_demo[0])["base"])
+
+
+def test_short_demo_prints_the_table_and_writes_the_report(short_demo):
+    folder, done = short_demo
+    for words in ("held-out", "seen", "near-domain", "closed-book", "general-text", "rows changed", "peak MB", "95 %"):
+        assert words in done.stdout
+    page = (folder / "report.html").read_text()
+    assert "smf-kl" in page and "Learning against forgetting" in page
+
+
+def test_finished_demo_answers_at_once(short_demo):
+    folder, done = short_demo
+    files = {path: path.stat().st_mtime_ns for path in folder.glob("*/result.json")}
+    start = time.monotonic()
+    again = demo(folder, "--max-steps", 2, "--methods", "smf-kl")
+    assert time.monotonic() - start < 60  # an import or two on busy cores, no training or scoring
+    assert again.stdout == done.stdout
+    assert files == {path: path.stat().st_mtime_ns for path in folder.glob("*/result.json")}
+
+
+def test_every_method_of_the_demo_trains(tmp_path: Path):
+    demo(tmp_path, "--max-steps", 2, "--limit", 20)
+    assert list(metrics(tmp_path)) == METHODS
+
+
+def test_limit_and_steps_are_checked(tmp_path: Path):
+    for option in ("--limit", "--max-steps"):
+        command = [sys.executable, "-m", "smf", "demo", "--output", str(tmp_path), option, "-1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 2 and f"{option} must be at least" in done.stderr
+
+
+@pytest.mark.slow
+def test_whole_demo(tmp_path: Path):
+    demo(tmp_path, timeout=3600)
+    scores = metrics(tmp_path)
+    check_base(scores["base"])
+    lost = {name: scores["base"][name] - scores["full"][name] for name in ("near-domain", "closed-book")}
+    assert max(lost.values()) >= 0.15  # else there is nothing to show
+    for name in METHODS[1:]:
+        assert scores[name]["seen"] > scores["base"]["seen"] + 0.1, name
+
+
+@pytest.mark.slow
+def test_base_on_every_item(tmp_path: Path):
+    demo(tmp_path, "--limit", 0, "--methods", "base", timeout=1800)
+    check_base(metrics(tmp_path)["base"])
