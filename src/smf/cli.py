@@ -32,6 +32,8 @@ class Overrides:
     """Folder of the runs."""
     seed: int | None = None
     """Of data order and initial values."""
+    jobs: int | None = None
+    """Methods that run at a time, with an equal share of the processor's cores each."""
     max_steps: int | None = None
     """Stop every training after so many steps (to try a recipe)."""
     limit: int | None = None
@@ -45,7 +47,10 @@ class Overrides:
             raise ConfigError(f"--max-steps must be at least 1; got {self.max_steps}")
         if self.limit is not None and self.limit < 0:
             raise ConfigError(f"--limit must be at least 0; got {self.limit}")
-        recipe = load_recipe(path, base=self.base, data=self.data, output=self.output, seed=self.seed)
+        if self.jobs is not None and self.jobs < 1:
+            raise ConfigError(f"--jobs must be at least 1; got {self.jobs}")
+        keys = {key: getattr(self, key) for key in ("base", "data", "output", "seed", "jobs")}
+        recipe = load_recipe(path, **keys)
         recipe = recipe if self.max_steps is None else shortened(recipe, self.max_steps)
         return recipe if self.limit is None else limited(recipe, self.limit)
 

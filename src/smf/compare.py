@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .errors import ConfigError, SmfError, TrainingError
+from .errors import ConfigError, TrainingError
 from .files import write_atomically
-from .prepare import load
+from .jobs import Job, run_jobs, start_server
+from .prepare import Loaded, load
 from .recipe import Recipe, to_toml
-
-PRELOADED = ["smf.train", "datasets", "lm_eval.models.huggingface"]  # seconds to import, once for all runs
 
 
 def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[dict[str, Any]]:
@@ -53,10 +45,19 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[di
         if not only or name in only or method.kind == "base"
         for i in range(1 if method.kind == "base" else seeds)
     ]
-    if not all(result_path(*run).is_file() for run in runs):
-        load(recipe)  # refuses what can't work before the first method spends time
+    jobs: list[tuple[Recipe, str, str]] = []
+    for number, run in enumerate(runs, 1):
+        title = f"{_title(*run)} ({number} of {len(runs)})"
+        if result_path(*run).is_file():
+            print(f"smf: {title}: finished, kept", file=sys.stderr)
+        else:
+            jobs.append((*run, title))
+    if jobs:
+        start_server()
+        loaded = load(recipe)  # refuses what can't work before the first method spends time
         write_atomically(Path(recipe.output) / "recipe.toml", to_toml(recipe))
-    failed = [run for number, run in enumerate(runs, 1) if not _finish(*run, f"{number} of {len(runs)}")]
+        run_jobs([_job(*job, loaded) for job in jobs], recipe.jobs)
+    failed = [run for run in runs if not result_path(*run).is_file()]
     if failed:
         raise TrainingError(
             f"these methods did not finish: {[_title(*run) for run in failed]}; what went wrong is printed above. The "
@@ -79,60 +80,21 @@ def _title(recipe: Recipe, name: str) -> str:
     return f"{name}, seed {recipe.seed}"
 
 
-def _finish(recipe: Recipe, name: str, number: str) -> bool:
-    """Whether a run's result is there, after running it where it was not."""
-    title = f"smf: {_title(recipe, name)} ({number})"
-    if result_path(recipe, name).is_file():
-        print(f"{title}: finished, kept", file=sys.stderr)
-        return True
-    print(title, file=sys.stderr)
-    # a server that has imported everything forks each run; not on macOS, whose libraries do not bear forking, nor
-    # beside CUDA, which a fork must not have touched: there each run imports for itself
-    forks = sys.platform == "linux" and not torch.cuda.is_available()
-    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_run, args=(recipe, name), name=title)
-    process.start()
-    try:
-        process.join()
-    except BaseException:
-        process.terminate()
-        process.join()
-        raise
-    finished = process.exitcode == 0 and result_path(recipe, name).is_file()
-    if not finished:
-        print(f"{title}: ended with exit code {process.exitcode} and no result", file=sys.stderr)
-    return finished
+def _job(recipe: Recipe, name: str, title: str, loaded: Loaded) -> Job:
+    return Job(title, _run, (recipe, name, loaded), result_path(recipe, name).with_name("log.txt"))
 
 
-def _run(recipe: Recipe, name: str) -> None:
-    """In a process of its own: one run, with all that it prints on stderr (the one table is all of stdout)."""
+def _run(recipe: Recipe, name: str, loaded: Loaded) -> None:
+    """In a process of its own: one run."""
     from .train import run_method
 
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     quiet_known_warnings()
-    try:
-        with redirect_stdout(sys.stderr):
-            run_method(recipe, name)
-    except SmfError as error:
-        print(f"smf: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_method(recipe, name, loaded)
 
 
 def quiet_known_warnings() -> None:
     """Hide what transformers says about PEFT's own calls: no user of ours can act on it."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def _end_with(sentinel: int) -> None:
-    """End this process when its parent has gone, so that a restart never meets a run that still goes on."""
-    wait([sentinel])
-    os._exit(1)
 
 
 def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

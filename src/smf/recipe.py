@@ -188,6 +188,8 @@ class Recipe:
     """Folder of the runs."""
     seed: int = 0
     """Of data order and all initial values."""
+    jobs: int = 1
+    """Methods that run at a time, with an equal share of the processor's cores each."""
     eval_batch_size: int = 16
     """Sequences of a forward pass when scoring."""
     parts: dict[str, float] = field(default_factory=dict)
@@ -207,7 +209,8 @@ class Recipe:
         """
         keys = dataclasses.asdict(self)
         keys["methods"] = keys["methods"][method]
-        keys.pop("output")
+        for key in ("output", "jobs"):
+            keys.pop(key)
         for key in ("metrics", "validation"):  # what is shown, and what `smf tune` looks at
             keys["target"].pop(key)
         if "world" in (self.base, self.data):
@@ -336,7 +339,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-AT_LEAST_ONE = {"batch_size", "micro_batch_size", "max_length", "save_every", "eval_batch_size", "rows_per_step", "r"}
+AT_LEAST_ONE = {
+    "batch_size",
+    "micro_batch_size",
+    "max_length",
+    "save_every",
+    "jobs",
+    "eval_batch_size",
+    "rows_per_step",
+    "r",
+}
 
 
 def _check_numbers(table: dict[str, Any], where: str) -> None:

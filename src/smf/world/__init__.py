@@ -20,7 +20,8 @@ from ..errors import DataError
 from .sets import SETS, rows_of_set
 
 BASE = Path(__file__).parent / "base"
-HASH = "45f3b107759c067b16c9a1018a31c4b4d34103f65e5aa1c64531e5fbc0dadadb"  # of fingerprint(): the world is frozen (docs/log.md, 2026-11-22)
+# Of fingerprint(): the world is frozen (docs/log.md, 2026-11-22).
+HASH = "45f3b107759c067b16c9a1018a31c4b4d34103f65e5aa1c64531e5fbc0dadadb"
 
 __all__ = ["BASE", "HASH", "SETS", "fingerprint", "rows"]
 

@@ -1,0 +1,138 @@
+"""Jobs in processes of their own, some at a time, with what they print in logs and how far they are on the terminal."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from .errors import SmfError
+
+# A server that has imported everything forks each job; not on macOS, whose libraries do not bear forking, nor beside
+# CUDA, which a fork must not have touched: there each job imports for itself.
+FORKS = sys.platform == "linux" and not torch.cuda.is_available()
+PRELOADED = ["smf.train", "datasets", "lm_eval.models.huggingface"]  # seconds to import
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call in a process of its own.
+
+    Args:
+        title: names it on the terminal.
+        run: a function of a module.
+        arguments: of the call; they travel to the process.
+        log: file that all it prints is appended to.
+    """
+
+    title: str
+    run: Callable[..., object]
+    arguments: tuple[Any, ...]
+    log: Path
+
+
+def start_server() -> None:
+    """Let the imports that jobs need begin, in the background."""
+    if FORKS:
+        forkserver.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
+    """Run all jobs, `at_once` at a time with an equal share of the processor's cores each.
+
+    A job that fails leaves the others alone; its exit code and the end of its log are printed. Who needs to know looks
+    for what it was to make.
+    """
+    start_server()
+    context: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+    threads = max(1, torch.get_num_threads() // at_once)
+    waiting = list(jobs)
+    running: dict[Any, tuple[Job, float]] = {}  # by process, with when it began
+    progress = Live(
+        get_renderable=lambda: _progress([job for job, _ in list(running.values())]),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+    )
+    try:
+        with progress:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    job = waiting.pop(0)
+                    print(f"smf: {job.title}", file=sys.stderr)
+                    job.log.parent.mkdir(parents=True, exist_ok=True)
+                    process = context.Process(target=_child, args=(job, threads), name=job.title)
+                    process.start()
+                    running[process] = (job, time.monotonic())
+                ended = wait([process.sentinel for process in running])
+                for process in [process for process in running if process.sentinel in ended]:
+                    process.join()
+                    _report(*running.pop(process), process.exitcode)
+    except BaseException:
+        for process in running:
+            process.terminate()
+            process.join()
+        raise
+
+
+def _child(job: Job, threads: int) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(threads)
+    try:
+        job.run(*job.arguments)
+    except SmfError as error:
+        print(f"smf: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _end_with(sentinel: int) -> None:
+    """End this process when its parent has gone, so that a restart never meets a job that still goes on."""
+    wait([sentinel])
+    os._exit(1)
+
+
+def _report(job: Job, started: float, exit_code: int) -> None:
+    if exit_code == 0:
+        print(f"smf: {job.title}: done in {time.monotonic() - started:,.0f} s", file=sys.stderr)
+        return
+    print(f"smf: {job.title}: ended with exit code {exit_code}; the end of {job.log}:", file=sys.stderr)
+    print("\n".join(f"    {line}" for line in _last_lines(job.log, 20)), file=sys.stderr)
+
+
+def _progress(jobs: Sequence[Job]) -> Text:
+    """A line for each job that runs: the last that it printed, which in training is its progress bar."""
+    lines = [f"{job.title}  {''.join(_last_lines(job.log, 1))}" for job in jobs]
+    return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+
+def _last_lines(log: Path, count: int) -> list[str]:
+    """The last lines of a log as a terminal would show them: of a progress bar its last state."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 16_000))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:  # it has not begun
+        return []
+    shown = [next((part for part in reversed(line.split("\r")) if part.strip()), "") for line in text.split("\n")]
+    return [line for line in shown if line.strip()][-count:]

@@ -1,0 +1,111 @@
+"""Jobs in processes of their own."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from smf.cli import Overrides
+from smf.errors import ConfigError
+from smf.jobs import Job, _last_lines, run_jobs
+from smf.recipe import load_recipe
+
+
+def meet(mine: Path, other: Path) -> None:
+    """Ends only while the other job runs."""
+    mine.touch()
+    deadline = time.monotonic() + 60
+    while not other.exists():
+        assert time.monotonic() < deadline, "the other job never began"
+        time.sleep(0.02)
+
+
+def note_times(file: Path) -> None:
+    begun = time.monotonic()
+    time.sleep(0.3)
+    file.write_text(f"{begun} {time.monotonic()} {os.getpid()} {torch.get_num_threads()}")
+
+
+def speak(words: str) -> None:
+    print(words)
+    print(words.upper(), file=sys.stderr)
+
+
+def die(words: str) -> None:
+    os.write(2, f"{words}\n".encode())
+    os.abort()
+
+
+def refuse(words: str) -> None:
+    raise ConfigError(words)
+
+
+def test_two_jobs_run_side_by_side(tmp_path: Path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    logs = [tmp_path / "log1", tmp_path / "log2"]
+    run_jobs([Job("one", meet, (one, two), logs[0]), Job("two", meet, (two, one), logs[1])], at_once=2)
+    assert "never began" not in logs[0].read_text() + logs[1].read_text()
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_no_more_jobs_run_than_may(tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    files = [tmp_path / str(i) for i in range(5)]
+    run_jobs([Job(str(i), note_times, (file,), tmp_path / "log") for i, file in enumerate(files)], at_once)
+    noted = [file.read_text().split() for file in files]
+    times = [(float(begun), float(ended)) for begun, ended, _, _ in noted]
+    assert all(sum(b <= begun < e for b, e in times) <= at_once for begun, _ in times)
+    assert len({process for _, _, process, _ in noted} | {str(os.getpid())}) == 6  # each has one of its own
+    assert {int(threads) for *_, threads in noted} == {6 // at_once}
+
+
+def test_all_that_a_job_prints_is_appended_to_its_log(tmp_path: Path, capfd: pytest.CaptureFixture):
+    log = tmp_path / "folder" / "log.txt"
+    for words in ("first", "again"):
+        run_jobs([Job("speaks", speak, (words,), log)], at_once=1)
+    assert sorted(log.read_text().split()) == ["AGAIN", "FIRST", "again", "first"]
+    printed = capfd.readouterr()
+    assert printed.out == "" and "smf: speaks: done in" in printed.err and "FIRST" not in printed.err
+
+
+def test_a_job_that_fails_says_why_and_leaves_the_others_alone(tmp_path: Path, capfd: pytest.CaptureFixture):
+    file = tmp_path / "file"
+    jobs = [
+        Job("dies", die, ("something terrible",), tmp_path / "1.txt"),
+        Job("refuses", refuse, ("give another one",), tmp_path / "2.txt"),
+        Job("works", note_times, (file,), tmp_path / "3.txt"),
+    ]
+    run_jobs(jobs, at_once=2)
+    printed = capfd.readouterr().err
+    assert "smf: dies: ended with exit code -6" in printed and "something terrible" in printed
+    assert "smf: refuses: ended with exit code 2" in printed and "smf: error: give another one" in printed
+    assert "Traceback" not in printed and str(tmp_path / "1.txt") in printed
+    assert file.is_file()
+
+
+def test_last_lines_of_a_log_are_what_a_terminal_would_show(tmp_path: Path):
+    log = tmp_path / "log.txt"
+    assert _last_lines(log, 1) == []
+    log.write_bytes(b"begun\n\r  0%|   | 0/9\r 50%|## | 4/9\r\nscoring\n\n\r 10%|#\r 20%|##\r ")
+    assert _last_lines(log, 1) == [" 20%|##"]
+    assert _last_lines(log, 9) == ["begun", " 50%|## | 4/9", "scoring", " 20%|##"]
+    log.write_bytes(b"\xff" * 100_000 + "\nlast é".encode())
+    assert _last_lines(log, 1) == ["last é"]
+
+
+def test_how_many_run_at_a_time_is_no_part_of_a_runs_name():
+    one, two = (load_recipe("local_example.toml", jobs=jobs) for jobs in (1, 2))
+    assert [recipe.jobs for recipe in (one, two)] == [1, 2]
+    assert all(one.run_id(name) == two.run_id(name) for name in one.methods)
+
+
+def test_no_jobs_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="--jobs must be at least 1; got 0"):
+        Overrides(jobs=0).load(Path("local_example.toml"))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('jobs = 0\n[methods.base]\nkind = "base"\n')
+    with pytest.raises(ConfigError, match="jobs = 0"):
+        load_recipe(recipe)
