@@ -10,13 +10,14 @@ help:                   ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /make \1\t/'
 
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "smf needs Python 3.11 or newer; with another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $(STAMP)
 
-demo: $(STAMP)          ## the whole comparison on the embedded world: table, and runs/demo/report.html
-	$(BIN)/smf demo
+demo: $(STAMP)          ## the whole comparison on the embedded world: table, and runs/demo/report.html (OPTIONS=... of smf demo)
+	$(BIN)/smf demo $(OPTIONS)
 
 test: $(STAMP)          ## the fast tests (minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'

@@ -60,12 +60,10 @@ def test_seeds_are_averaged_and_the_base_runs_once(world: Path):
     assert cell == f"{mean:.3f}\n{estimate.value:+.3f}\n[{estimate.low:+.3f}, {estimate.high:+.3f}]"
 
 
-def test_methods_run_in_processes_of_their_own(world: Path):
-    recipe = load_recipe(world, output=str(world.parent / "own"))
-    compare(recipe, ["base"])
-    assert result_path(recipe, "base").is_file()
+def test_methods_are_checked_before_any_runs(world: Path):
     with pytest.raises(ConfigError, match="seeds must be at least 1"):
-        compare(recipe, seeds=0)
+        compare(load_recipe(world, output=str(world.parent / "own")), seeds=0)
+    assert not (world.parent / "own").exists()
 
 
 @pytest.mark.parametrize("moment", ["smf-*", "smf-*/checkpoints/checkpoint-2/smf_complete.json"])
@@ -74,7 +72,7 @@ def test_killed_comparison_leaves_nothing_running_and_goes_on_to_the_same_result
     recipe_file.write_text(
         recipe_file.read_text().replace("steps = 4\n", "steps = 40\n")
     )  # long enough to be killed in
-    run = command("compare", recipe_file, "--methods", "smf")
+    run = command("compare", recipe_file, "--methods", "smf", "--jobs", "2")
     subprocess.run([*run, "--output", str(tmp_path / "calm")], env=ONE_THREAD, check=True, capture_output=True)
     process = subprocess.Popen(
         run, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -111,16 +109,16 @@ def _living(group: int) -> list[str]:
 def fake_compare(best: float, calls: list[float]):
     """Runs whose score is highest at the learning rate `best`."""
 
-    def run(recipe: Recipe) -> list[dict]:
+    def run(recipe: Recipe) -> None:
         assert list(recipe.target.eval) == ["validation"]
-        results = []
         for name, method in recipe.methods.items():
             score = 0.0 if method.kind == "base" else 1 - abs(math.log(method.lr / best)) / 10
             if method.kind != "base":
                 calls.append(method.lr)
             scores = {"validation": {"role": "target", "metrics": {"acc": score, "loss": 1 - score}, "records": []}}
-            results.append({"method": name, "scores": scores, "rows_changed": 0, "seconds": 1.0})
-        return results
+            file = result_path(recipe, name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"method": name, "scores": scores, "rows_changed": 0, "seconds": 1.0}))
 
     return run
 
@@ -149,6 +147,15 @@ def test_tuning_shows_every_point(world: Path, monkeypatch: pytest.MonkeyPatch):
     assert set(tuned["methods"]) == {"smf", "smf-all", "smf-healed", "lora", "full"}
     for entry in tuned["methods"].values():
         assert all(f"{point['lr']:g}: {point['score']:.3f}" in table for point in entry["grid"])
+
+
+def test_a_rate_at_which_training_diverges_is_a_bad_one_and_not_the_end(tmp_path: Path, capfd: pytest.CaptureFixture):
+    recipe = load_recipe(make_world(tmp_path))
+    tuned = tune(recipe, ["smf"], points=3, factor=1e42)
+    assert "is not finite" in capfd.readouterr().err
+    grid = tuned["methods"]["smf"]["grid"]
+    assert grid[-1]["score"] is None and tuned["methods"]["smf"]["best"] < grid[-1]["lr"]
+    assert f"{grid[-1]['lr']:g}: failed" in tuning_table(tuned)
 
 
 def test_tuning_without_validation_rows_is_refused(world: Path):

@@ -4,19 +4,22 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from smf.recipe import load_recipe
 
+REPO = Path(__file__).parents[1]
 METHODS = ["base", "smf-kl", "smf-tfidf", "smf-kl-gradient", "smf-all-rows", "lora", "full"]
 
 
 def demo(folder: Path, *arguments: object, timeout: int = 500) -> subprocess.CompletedProcess:
+    """Run it where no network can be reached, and nothing says that there is none."""
     command = [sys.executable, "-m", "smf", "demo", "--output", str(folder), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -31,7 +34,7 @@ def metrics(folder: Path) -> dict[str, dict[str, float]]:
 def check_base(base: dict[str, float]) -> None:
     assert abs(base["held-out"] - 0.25) <= 0.03 and abs(base["seen"] - 0.25) <= 0.03
     assert base["near-domain"] >= 0.90 and base["closed-book"] >= 0.95
-    assert base["general-text"] < 6
+    assert base["general-text"] < 3
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +65,9 @@ def test_short_demo_prints_the_table_and_writes_the_report(short_demo):
 def test_finished_demo_answers_at_once(short_demo):
     folder, done = short_demo
     files = {path: path.stat().st_mtime_ns for path in folder.glob("*/result.json")}
-    start = time.monotonic()
     again = demo(folder, "--max-steps", 2, "--methods", "smf-kl")
-    assert time.monotonic() - start < 60  # an import or two on busy cores, no training or scoring
+    lines = [line for line in again.stderr.splitlines() if line.startswith("smf:")]
+    assert len(lines) == 2 and all("finished, kept" in line for line in lines)  # nothing is loaded, run or scored
     assert again.stdout == done.stdout
     assert files == {path: path.stat().st_mtime_ns for path in folder.glob("*/result.json")}
 
@@ -96,3 +99,15 @@ def test_whole_demo(tmp_path: Path):
 def test_base_on_every_item(tmp_path: Path):
     demo(tmp_path, "--limit", 0, "--methods", "base", timeout=1800)
     check_base(metrics(tmp_path)["base"])
+
+
+@pytest.mark.slow
+def test_make_demo_needs_no_more_than_a_clone(tmp_path: Path):
+    """`make demo` as the README has it, but for its length: it makes .venv itself."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(REPO), str(clone)], check=True)
+    command = ["make", "demo", "OPTIONS=--max-steps 2 --limit 10"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(name in done.stdout for name in METHODS)
+    assert (clone / "runs" / "demo" / "report.html").is_file()

@@ -1,5 +1,6 @@
 """Every command and example of the README runs as it is written, with small stand-ins for models and data."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -109,3 +110,17 @@ def test_train_and_eval_commands_named_in_the_text_run(tmp_path: Path):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (REPO / target).exists(), target
+
+
+def test_table_of_the_demo_is_the_committed_result():
+    page = (REPO / "docs" / "results" / "demo.md").read_text()
+    table = [line for line in README.splitlines() if line in page.splitlines() and line.startswith("|")]
+    results = json.loads((REPO / "docs" / "results" / "demo.json").read_text())
+    lines = {line.split(" | ")[0].strip("| "): line for line in table}
+    for result in results:
+        scores = result["scores"]
+        expected = [f"{100 * scores[name]['metrics']['acc']:.1f}" for name in ("held-out", "seen", "near-domain")]
+        expected += [f"{100 * scores['closed-book']['metrics']['exact_match']:.1f}"]
+        expected += [f"{scores['general-text']['metrics']['perplexity']:.3f}", f"{result['rows_changed']:,}"]
+        cells = [cell.split("<br>")[0] for cell in lines[result["method"]].strip("| ").split(" | ")]
+        assert cells[1:7] == expected

@@ -21,7 +21,7 @@ from smf.world.facts import general, new_diseases
 from smf.world.phrasings import KINDS
 from smf.world.text import pretraining_text, question, statement
 from smf.world.tokenizer import make_tokenizer, vocabulary
-from smf.world.train_base import LENGTH, packed_rows
+from smf.world.train_base import LENGTH, config, packed_rows
 
 EXAM_SETS = [name for name in world.SETS if name.startswith("exam")] + ["near_domain"]
 TEXT_SETS = ["general_text", "background", "healing"]
@@ -249,6 +249,13 @@ def test_the_shipped_base_is_small_and_loads_in_float32():
     assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())  # as stored
 
 
+def test_the_shipped_base_is_what_the_script_makes():
+    shipped = AutoModelForCausalLM.from_pretrained(world.BASE).config.to_dict()
+    made = config(make_tokenizer()).to_dict()
+    own = {"architectures", "dtype", "transformers_version", "_name_or_path"}  # what saving writes
+    assert {k: v for k, v in shipped.items() if k not in own} == {k: v for k, v in made.items() if k not in own}
+
+
 def test_rows_of_pretraining_begin_with_a_document():
     tokenizer = make_tokenizer()
     rows = packed_rows(tokenizer, 50, seed=0)
@@ -261,7 +268,7 @@ def test_rows_of_pretraining_begin_with_a_document():
 
 
 def test_the_base_can_be_made_again(tmp_path: Path):
-    """Two steps of the real script; the whole takes 45 minutes (docs/world.md)."""
+    """Two steps of the real script."""
     command = [sys.executable, "-m", "smf.world.train_base", "--output", str(tmp_path), "--steps", "2"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     shipped = AutoModelForCausalLM.from_pretrained(world.BASE)

@@ -25,9 +25,9 @@ class Overrides:
     """Keys of the recipe to replace."""
 
     base: str | None = None
-    """Model folder or hub name."""
+    """Model folder, hub name, or "world": the embedded one."""
     data: str | None = None
-    """Folder with the data sets, or "hub"."""
+    """Folder with the data sets, "hub", or "world": the embedded sets."""
     output: str | None = None
     """Folder of the runs."""
     seed: int | None = None
@@ -47,8 +47,6 @@ class Overrides:
             raise ConfigError(f"--max-steps must be at least 1; got {self.max_steps}")
         if self.limit is not None and self.limit < 0:
             raise ConfigError(f"--limit must be at least 0; got {self.limit}")
-        if self.jobs is not None and self.jobs < 1:
-            raise ConfigError(f"--jobs must be at least 1; got {self.jobs}")
         keys = {key: getattr(self, key) for key in ("base", "data", "output", "seed", "jobs")}
         recipe = load_recipe(path, **keys)
         recipe = recipe if self.max_steps is None else shortened(recipe, self.max_steps)
@@ -125,8 +123,19 @@ def compare(
     print_table(results, title, metrics)
     write_atomically(output / "table.md", markdown_table(results, metrics))
     write_json(output / "summary.json", summary(results))
-    write_report(results, output / "report.html", title, [f"Made by: smf {' '.join(sys.argv[1:])}"], metrics)
+    write_report(results, output / "report.html", title, _notes(loaded), metrics)
     print(f"report: {output / 'report.html'}")
+
+
+def _notes(recipe: Any) -> list[str]:
+    """What a report says above its table."""
+    rates = ", ".join(f"{name} {method.lr:g}" for name, method in recipe.methods.items() if method.kind != "base")
+    per_step = f"{recipe.train.steps or recipe.train.epochs} {'steps' if recipe.train.steps else 'epochs'}"
+    return [
+        *([recipe.about] if recipe.about else []),
+        f"Every method: {per_step} with {recipe.train.batch_size} examples a step. Learning rates: {rates}.",
+        f"Made by: smf {' '.join(sys.argv[1:])}, with {recipe.jobs} of the methods running at a time",
+    ]
 
 
 def demo(methods: tuple[str, ...] = (), seeds: int = 1, overrides: Options = Overrides()) -> None:

@@ -44,6 +44,15 @@ class Job:
     log: Path
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A job, when it began, and how long its log was then."""
+
+    job: Job
+    began: float
+    printed_before: int
+
+
 def start_server() -> None:
     """Let the imports that jobs need begin, in the background."""
     if FORKS:
@@ -61,9 +70,9 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
     context: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
     threads = max(1, torch.get_num_threads() // at_once)
     waiting = list(jobs)
-    running: dict[Any, tuple[Job, float]] = {}  # by process, with when it began
+    running: dict[Any, _Running] = {}  # by process
     progress = Live(
-        get_renderable=lambda: _progress([job for job, _ in list(running.values())]),
+        get_renderable=lambda: _progress(list(running.values())),
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=False,
@@ -75,13 +84,14 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
                     job = waiting.pop(0)
                     print(f"smf: {job.title}", file=sys.stderr)
                     job.log.parent.mkdir(parents=True, exist_ok=True)
+                    printed_before = job.log.stat().st_size if job.log.exists() else 0
                     process = context.Process(target=_child, args=(job, threads), name=job.title)
                     process.start()
-                    running[process] = (job, time.monotonic())
+                    running[process] = _Running(job, time.monotonic(), printed_before)
                 ended = wait([process.sentinel for process in running])
                 for process in [process for process in running if process.sentinel in ended]:
                     process.join()
-                    _report(*running.pop(process), process.exitcode)
+                    _report(running.pop(process), process.exitcode)
     except BaseException:
         for process in running:
             process.terminate()
@@ -112,25 +122,26 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _report(job: Job, started: float, exit_code: int) -> None:
+def _report(ended: _Running, exit_code: int) -> None:
+    job = ended.job
     if exit_code == 0:
-        print(f"smf: {job.title}: done in {time.monotonic() - started:,.0f} s", file=sys.stderr)
+        print(f"smf: {job.title}: done in {time.monotonic() - ended.began:,.0f} s", file=sys.stderr)
         return
     print(f"smf: {job.title}: ended with exit code {exit_code}; the end of {job.log}:", file=sys.stderr)
-    print("\n".join(f"    {line}" for line in _last_lines(job.log, 20)), file=sys.stderr)
+    print("\n".join(f"    {line}" for line in _last_lines(job.log, 20, ended.printed_before)), file=sys.stderr)
 
 
-def _progress(jobs: Sequence[Job]) -> Text:
+def _progress(running: Sequence[_Running]) -> Text:
     """A line for each job that runs: the last that it printed, which in training is its progress bar."""
-    lines = [f"{job.title}  {''.join(_last_lines(job.log, 1))}" for job in jobs]
+    lines = [f"{r.job.title}  {''.join(_last_lines(r.job.log, 1, r.printed_before))}" for r in running]
     return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
 
 
-def _last_lines(log: Path, count: int) -> list[str]:
-    """The last lines of a log as a terminal would show them: of a progress bar its last state."""
+def _last_lines(log: Path, count: int, start: int = 0) -> list[str]:
+    """The last lines of a log, from byte `start`, as a terminal would show them: of a progress bar its last state."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 16_000))
+            file.seek(max(start, file.seek(0, os.SEEK_END) - 16_000))
             text = file.read().decode(errors="replace")
     except FileNotFoundError:  # it has not begun
         return []

@@ -184,6 +184,8 @@ class Recipe:
     """What the base is loaded as."""
     data: str = "hub"
     """Folder that the sources' paths are below, "hub", or "world": the embedded world (smf.world)."""
+    about: str = ""
+    """What the recipe compares and scores, for those who read its report."""
     output: str = "runs"
     """Folder of the runs."""
     seed: int = 0
@@ -209,7 +211,7 @@ class Recipe:
         """
         keys = dataclasses.asdict(self)
         keys["methods"] = keys["methods"][method]
-        for key in ("output", "jobs"):
+        for key in ("about", "output", "jobs"):
             keys.pop(key)
         for key in ("metrics", "validation"):  # what is shown, and what `smf tune` looks at
             keys["target"].pop(key)

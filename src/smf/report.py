@@ -172,7 +172,8 @@ def _change(estimate: Estimate | None, column: Column) -> dict[str, Any]:
         return {"change": None}
     numbers = (estimate.value, estimate.low, estimate.high)
     change, low, high = (_number(column.scale * number, column.digits, "+") for number in numbers)
-    return {"change": change, "low": low, "high": high, "sure": estimate.low > 0 or estimate.high < 0}
+    sure = (estimate.low > 0 or estimate.high < 0) and change.strip("+−0.") != ""
+    return {"change": change, "low": low, "high": high, "sure": sure}
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:

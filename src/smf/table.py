@@ -94,10 +94,14 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
     """What the table's numbers mean."""
     seeds = len({result["seed"] for result in results if result["kind"] != "base" and "seed" in result})
     over = f"over {seeds} seeds and examples" if seeds > 1 else "over examples only (one seed)"
-    return (
+    text = (
         f"below each score: its change against the base, with the 95 % interval {over}; % in points, ppl and loss in "
         "nats per token"
     )
+    jobs = {result.get("provenance", {}).get("machine", {}).get("jobs", 1) for result in results}
+    if jobs == {1}:
+        return text
+    return f"{text}; seconds: of training, with {' or '.join(map(str, sorted(jobs)))} methods at a time on the machine"
 
 
 def print_table(results: Sequence[dict[str, Any]], title: str, target_metrics: Sequence[str]) -> None:

@@ -269,7 +269,7 @@ def provenance(recipe: Recipe) -> dict[str, Any]:
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
-        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "jobs": recipe.jobs},
         "git": git.stdout.strip() or None,
         "base": recipe.base,
     }

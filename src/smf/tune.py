@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .compare import compare, summary
-from .errors import ConfigError, DataError
+from .compare import compare, read_result, result_path
+from .errors import ConfigError, DataError, TrainingError
 from .prepare import load_scored
 from .recipe import Recipe, Source
 from .stats import RATIOS
@@ -70,27 +71,39 @@ def _tune_method(recipe: Recipe, name: str, points: int, factor: float) -> dict[
 
 
 def _run_grid(recipe: Recipe, name: str, exponents: Sequence[int], factor: float) -> list[dict[str, Any]]:
-    """One entry a learning rate, ascending: the rate, the validation score, and all scores without their records."""
+    """One entry a learning rate, ascending: the rate, the validation score, and all scores without their records.
+
+    A rate whose run failed has the score None.
+    """
     rates = [float(f"{recipe.methods[name].lr * factor**exponent:.6g}") for exponent in exponents]
     base = {other: method for other, method in recipe.methods.items() if method.kind == "base"}
     grid = {f"{name} at {rate:g}": replace(recipe.methods[name], lr=rate) for rate in rates}
-    results = summary(compare(replace(recipe, methods=base | grid)))[len(base) :]
-    metric = recipe.target.metrics[0]
-    return [
-        {
-            "lr": rate,
-            "score": result["scores"][VALIDATION]["metrics"][metric],
-            "scores": {other: score["metrics"] for other, score in result["scores"].items()},
-            "rows_changed": result["rows_changed"],
-            "seconds": result["seconds"],
-        }
-        for rate, result in zip(rates, results, strict=True)
-    ]
+    recipe = replace(recipe, methods=base | grid)
+    try:
+        compare(recipe)
+    except TrainingError:  # printed; a rate so large that training diverges is a bad one, not the end of tuning
+        if not any(result_path(recipe, title).is_file() for title in grid):
+            raise
+    entries: list[dict[str, Any]] = []
+    for rate, title in zip(rates, grid, strict=True):
+        path = result_path(recipe, title)
+        entries.append({"lr": rate, "score": None} | (_point(recipe, read_result(path)) if path.is_file() else {}))
+    return entries
+
+
+def _point(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "score": result["scores"][VALIDATION]["metrics"][recipe.target.metrics[0]],
+        "scores": {name: score["metrics"] for name, score in result["scores"].items()},
+        "rows_changed": result["rows_changed"],
+        "seconds": result["seconds"],
+    }
 
 
 def _best(grid: Sequence[dict[str, Any]], metric: str) -> int:
     """Index of the best score (of losses the smallest); of equal ones, the smallest rate."""
-    scores = [-entry["score"] if metric in RATIOS else entry["score"] for entry in grid]
+    sign = -1 if metric in RATIOS else 1
+    scores = [-math.inf if entry["score"] is None else sign * entry["score"] for entry in grid]
     return scores.index(max(scores))
 
 
@@ -99,7 +112,7 @@ def tuning_table(tuned: dict[str, Any]) -> str:
     metric = tuned["metric"]
     lines = [f"| method | learning rate: validation {metric} |", "| --- | --- |"]
     for name, entry in tuned["methods"].items():
-        cells = [f"{p['lr']:g}: {p['score']:.3f}" for p in entry["grid"]]
+        cells = [f"{p['lr']:g}: " + ("failed" if p["score"] is None else f"{p['score']:.3f}") for p in entry["grid"]]
         shown = [f"**{c}**" if p["lr"] == entry["best"] else c for c, p in zip(cells, entry["grid"], strict=True)]
         note = "" if entry["interior"] else " (best point at the end of its grid)"
         lines.append(f"| {name} | {' · '.join(shown)}{note} |")

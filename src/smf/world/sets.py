@@ -13,7 +13,8 @@ from .facts import Entity, general, new_diseases
 from .text import closed_book_prompt, exam_row, general_text
 from .words import Draw
 
-TRAINED_FORMS, HELD_OUT_FORM = (0, 1), 2
+TRAINED_FORMS, HELD_OUT_FORM = (0, 1), 2  # of questions on new diseases
+ALL_FORMS = (*TRAINED_FORMS, HELD_OUT_FORM)
 SPLIT = {"validation": 0.2, "test": 0.8}  # of the new diseases, by name
 DOCUMENTS = {"background": 1000, "healing": 4000, "probe": 1700}  # each has about 70 tokens
 
@@ -29,7 +30,10 @@ def _new(part: str) -> list[Entity]:
 
 
 def _training() -> list[Row]:
-    """Every new fact in the two trained forms, with an explanation that states it."""
+    """Every new fact in the two trained forms, with an explanation that states it.
+
+    The exam on trained forms asks these very questions; ids of their own say that these rows are documents.
+    """
     rows = _exam(new_diseases(), TRAINED_FORMS)
     return [row | {"id": f"document.{row['id']}"} for row in rows]
 
@@ -45,13 +49,13 @@ def _closed_book() -> list[Row]:
         for entity in general()
         if entity.kind != "disease" and not entity.asked
         for name in entity.values
-        for form in (*TRAINED_FORMS, HELD_OUT_FORM)
+        for form in ALL_FORMS
     ]
 
 
 def _near_domain() -> list[Row]:
     """The exam on the general diseases, in all forms."""
-    return _exam([entity for entity in general() if entity.kind == "disease"], (*TRAINED_FORMS, HELD_OUT_FORM))
+    return _exam([entity for entity in general() if entity.kind == "disease"], ALL_FORMS)
 
 
 def _texts(part: str) -> list[Row]:

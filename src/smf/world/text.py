@@ -156,7 +156,10 @@ def general_text(part: str) -> Iterator[str]:
 
 
 def pretraining_text(seed: int) -> Iterator[str]:
-    """Endless documents that the base is trained on: general text, and questions about what is asked."""
+    """Endless documents that the base is trained on: general text, and questions about what is asked.
+
+    The general text is the same under every seed; which questions stand where in it is not.
+    """
     draw = Draw("pretraining", seed)
     asked = [entity for entity in general() if entity.asked]
     documents = general_text("pretraining")

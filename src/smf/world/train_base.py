@@ -62,15 +62,16 @@ def train(output: Path, steps: int = STEPS, seed: int = 0, compile: bool = False
     Args:
         output: folder of the model, its tokenizer and the checkpoints.
         steps: of 32 x 128 tokens.
-        seed: of documents and initial weights.
-        compile: use torch.compile, which is faster and needs g++.
+        seed: of the questions, of where they stand among the texts, and of the initial weights.
+        compile: use torch.compile, which needs g++.
 
     Raises:
         ConfigError: where `output` holds a training with other options.
     """
     set_seed(seed)
     tokenizer = make_tokenizer()
-    options = {"steps": steps, "seed": seed, "vocabulary": json_hash(tokenizer.get_vocab())}
+    texts = list(islice(pretraining_text(seed), 1000))
+    options = {"steps": steps, "seed": seed, "vocabulary": json_hash(tokenizer.get_vocab()), "texts": json_hash(texts)}
     begun = output / "training.json"
     if begun.is_file() and json.loads(begun.read_text()) != options:
         raise ConfigError(f"{output} holds a training with other options: {begun.read_text()}; give another --output")
