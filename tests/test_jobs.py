@@ -72,7 +72,8 @@ def test_where_forking_is_not_safe_each_job_imports_for_itself(
 
 def test_an_interrupt_ends_all_jobs(tmp_path: Path):
     code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from pathlib import Path
 from smf.jobs import Job, run_jobs
 from test_jobs import linger

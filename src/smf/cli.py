@@ -22,7 +22,7 @@ RecipePath = Annotated[Positional[Path], tyro.conf.arg(help="a recipe file, or t
 
 @dataclass(frozen=True)
 class Overrides:
-    """Keys of the recipe to replace."""
+    """Keys of the recipe to replace; where none is given, the recipe's own count."""
 
     base: str | None = None
     """Model folder, hub name, or "world": the embedded one."""
@@ -132,7 +132,7 @@ def _notes(recipe: Any) -> list[str]:
     rates = ", ".join(f"{name} {method.lr:g}" for name, method in recipe.methods.items() if method.kind != "base")
     per_step = f"{recipe.train.steps or recipe.train.epochs} {'steps' if recipe.train.steps else 'epochs'}"
     return [
-        *([recipe.about] if recipe.about else []),
+        *recipe.about,
         f"Every method: {per_step} with {recipe.train.batch_size} examples a step. Learning rates: {rates}.",
         f"Made by: smf {' '.join(sys.argv[1:])}, with {recipe.jobs} of the methods running at a time",
     ]

@@ -16,6 +16,8 @@ from .jobs import Job, run_jobs, start_server
 from .prepare import Loaded, load
 from .recipe import Recipe, to_toml
 
+PRELOADED = ["smf.train", "datasets", "lm_eval.models.huggingface"]  # seconds to import
+
 
 def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[dict[str, Any]]:
     """Run what is not finished yet, then return all results, method by method in the recipe's order.
@@ -53,7 +55,7 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[di
         else:
             jobs.append((*run, title))
     if jobs:
-        start_server()
+        start_server(PRELOADED)
         loaded = load(recipe)  # refuses what can't work before the first method spends time
         write_atomically(Path(recipe.output) / "recipe.toml", to_toml(recipe))
         run_jobs([_job(*job, loaded) for job in jobs], recipe.jobs)

@@ -24,7 +24,6 @@ from .errors import SmfError
 # A server that has imported everything forks each job; not on macOS, whose libraries do not bear forking, nor beside
 # CUDA, which a fork must not have touched: there each job imports for itself.
 FORKS = sys.platform == "linux" and not torch.cuda.is_available()
-PRELOADED = ["smf.train", "datasets", "lm_eval.models.huggingface"]  # seconds to import
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,10 @@ class _Running:
     printed_before: int
 
 
-def start_server() -> None:
-    """Let the imports that jobs need begin, in the background."""
+def start_server(modules: list[str]) -> None:
+    """Begin, in the background, to import modules that jobs will need, once for all of them."""
     if FORKS:
-        forkserver.set_forkserver_preload(PRELOADED)
+        forkserver.set_forkserver_preload(modules)
         forkserver.ensure_running()
 
 
@@ -66,7 +65,6 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
     A job that fails leaves the others alone; its exit code and the end of its log are printed. Who needs to know looks
     for what it was to make.
     """
-    start_server()
     context: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
     threads = max(1, torch.get_num_threads() // at_once)
     waiting = list(jobs)
@@ -83,7 +81,11 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
                 while waiting and len(running) < at_once:
                     job = waiting.pop(0)
                     print(f"smf: {job.title}", file=sys.stderr)
-                    job.log.parent.mkdir(parents=True, exist_ok=True)
+                    try:
+                        job.log.parent.mkdir(parents=True, exist_ok=True)
+                    except OSError as error:
+                        print(f"smf: {job.title}: its folder cannot be made: {error}", file=sys.stderr)
+                        continue
                     printed_before = job.log.stat().st_size if job.log.exists() else 0
                     process = context.Process(target=_child, args=(job, threads), name=job.title)
                     process.start()

@@ -184,7 +184,7 @@ class Recipe:
     """What the base is loaded as."""
     data: str = "hub"
     """Folder that the sources' paths are below, "hub", or "world": the embedded world (smf.world)."""
-    about: str = ""
+    about: list[str] = field(default_factory=list)
     """What the recipe compares and scores, for those who read its report."""
     output: str = "runs"
     """Folder of the runs."""
