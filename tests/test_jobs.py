@@ -13,8 +13,13 @@ import torch
 import smf.jobs as jobs_module
 from smf.cli import Overrides
 from smf.errors import ConfigError
-from smf.jobs import Job, _last_lines, run_jobs
+from smf.jobs import Job, _last_lines, run_jobs, start_server
 from smf.recipe import load_recipe
+
+
+@pytest.fixture(autouse=True, scope="module")
+def server() -> None:
+    start_server(["smf.jobs"])
 
 
 def meet(mine: Path, other: Path) -> None:
