@@ -123,18 +123,21 @@ def compare(
     print_table(results, title, metrics)
     write_atomically(output / "table.md", markdown_table(results, metrics))
     write_json(output / "summary.json", summary(results))
-    write_report(results, output / "report.html", title, _notes(loaded), metrics)
+    write_report(results, output / "report.html", title, _notes(loaded, results), metrics)
     print(f"report: {output / 'report.html'}")
 
 
-def _notes(recipe: Any) -> list[str]:
+def _notes(recipe: Any, results: list[dict[str, Any]]) -> list[str]:
     """What a report says above its table."""
-    rates = ", ".join(f"{name} {method.lr:g}" for name, method in recipe.methods.items() if method.kind != "base")
+    from .table import methods_at_a_time
+
+    shown = {result["method"]: recipe.methods[result["method"]] for result in results if result["kind"] != "base"}
+    rates = ", ".join(f"{name} {method.lr:g}" for name, method in shown.items())
     per_step = f"{recipe.train.steps or recipe.train.epochs} {'steps' if recipe.train.steps else 'epochs'}"
     return [
         *recipe.about,
         f"Every method: {per_step} with {recipe.train.batch_size} examples a step. Learning rates: {rates}.",
-        f"Made by: smf {' '.join(sys.argv[1:])}, with {recipe.jobs} of the methods running at a time",
+        f"Made by: smf {' '.join(sys.argv[1:])}, with {methods_at_a_time(results)} of the methods running at a time",
     ]
 
 

@@ -47,18 +47,19 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[di
         if not only or name in only or method.kind == "base"
         for i in range(1 if method.kind == "base" else seeds)
     ]
-    jobs: list[tuple[Recipe, str, str]] = []
+    unfinished: list[tuple[str, tuple[Recipe, str]]] = []
     for number, run in enumerate(runs, 1):
         title = f"{_title(*run)} ({number} of {len(runs)})"
         if result_path(*run).is_file():
             print(f"smf: {title}: finished, kept", file=sys.stderr)
         else:
-            jobs.append((*run, title))
-    if jobs:
+            unfinished.append((title, run))
+    if unfinished:
         start_server(PRELOADED)
         loaded = load(recipe)  # refuses what can't work before the first method spends time
         write_atomically(Path(recipe.output) / "recipe.toml", to_toml(recipe))
-        run_jobs([_job(*job, loaded) for job in jobs], recipe.jobs)
+        jobs = [Job(title, _run, (*run, loaded), result_path(*run).with_name("log.txt")) for title, run in unfinished]
+        run_jobs(jobs, recipe.jobs)
     failed = [run for run in runs if not result_path(*run).is_file()]
     if failed:
         raise TrainingError(
@@ -80,10 +81,6 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def _title(recipe: Recipe, name: str) -> str:
     return f"{name}, seed {recipe.seed}"
-
-
-def _job(recipe: Recipe, name: str, title: str, loaded: Loaded) -> Job:
-    return Job(title, _run, (recipe, name, loaded), result_path(recipe, name).with_name("log.txt"))
 
 
 def _run(recipe: Recipe, name: str, loaded: Loaded) -> None:

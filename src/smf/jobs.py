@@ -81,11 +81,6 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
                 while waiting and len(running) < at_once:
                     job = waiting.pop(0)
                     print(f"smf: {job.title}", file=sys.stderr)
-                    try:
-                        job.log.parent.mkdir(parents=True, exist_ok=True)
-                    except OSError as error:
-                        print(f"smf: {job.title}: its folder cannot be made: {error}", file=sys.stderr)
-                        continue
                     printed_before = job.log.stat().st_size if job.log.exists() else 0
                     process = context.Process(target=_child, args=(job, threads), name=job.title)
                     process.start()
@@ -105,6 +100,7 @@ def _child(job: Job, threads: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    job.log.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -145,7 +141,7 @@ def _last_lines(log: Path, count: int, start: int = 0) -> list[str]:
         with log.open("rb") as file:
             file.seek(max(start, file.seek(0, os.SEEK_END) - 16_000))
             text = file.read().decode(errors="replace")
-    except FileNotFoundError:  # it has not begun
+    except OSError:  # it has not begun, or could not make its folder
         return []
     shown = [next((part for part in reversed(line.split("\r")) if part.strip()), "") for line in text.split("\n")]
     return [line for line in shown if line.strip()][-count:]

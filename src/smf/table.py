@@ -98,10 +98,16 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
         f"below each score: its change against the base, with the 95 % interval {over}; % in points, ppl and loss in "
         "nats per token"
     )
+    at_a_time = methods_at_a_time(results)
+    return (
+        f"{text}; seconds: of training, with {at_a_time} methods at a time on the machine" if at_a_time != "1" else text
+    )
+
+
+def methods_at_a_time(results: Sequence[dict[str, Any]]) -> str:
+    """How many runs shared the machine's cores while these were made."""
     jobs = {result.get("provenance", {}).get("machine", {}).get("jobs", 1) for result in results}
-    if jobs == {1}:
-        return text
-    return f"{text}; seconds: of training, with {' or '.join(map(str, sorted(jobs)))} methods at a time on the machine"
+    return " or ".join(map(str, sorted(jobs)))
 
 
 def print_table(results: Sequence[dict[str, Any]], title: str, target_metrics: Sequence[str]) -> None:
