@@ -66,7 +66,10 @@ def test_methods_are_checked_before_any_runs(world: Path):
     assert not (world.parent / "own").exists()
 
 
-@pytest.mark.parametrize("moment", ["smf-*", "smf-*/checkpoints/checkpoint-2/smf_complete.json"])
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param("smf-*", marks=pytest.mark.slow), "smf-*/checkpoints/checkpoint-2/smf_complete.json"],
+)
 def test_killed_comparison_leaves_nothing_running_and_goes_on_to_the_same_result(tmp_path: Path, moment: str):
     recipe_file = make_world(tmp_path)
     recipe_file.write_text(

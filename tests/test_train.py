@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import smf
+from smf.cli import main
 from smf.compare import result_path
 from smf.errors import ConfigError, DataError, SmfError
 from smf.methods import attach
@@ -270,9 +271,18 @@ def test_errors_of_ours_are_one_line_without_traceback(own_world: Path):
     )
 
 
-def test_help_names_every_command_and_option():
-    assert all(word in run("--help").stdout for word in ("demo", "compare", "tune", "train", "eval"))
-    text = run("compare", "--help").stdout
+def help_of(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *command: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["smf", *command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    text = help_of(capsys, monkeypatch)
+    assert all(word in text for word in ("demo", "compare", "tune", "train", "eval"))
+    text = help_of(capsys, monkeypatch, "compare")
     assert all(option in text for option in ("--methods", "--base", "--data", "--output", "--seed", "--max-steps"))
 
 
