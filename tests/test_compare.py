@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +16,13 @@ import pytest
 import smf.tune
 from smf.compare import compare, result_path
 from smf.errors import ConfigError, DataError
-from smf.recipe import Recipe, load_recipe
+from smf.prepare import load
+from smf.recipe import Recipe
+from smf.recipe_file import load_recipe
 from smf.stats import change
-from smf.table import rows_of
-from smf.tune import tune, tuning_table
+from smf.summary import summarise
+from smf.table import scores_table
+from smf.tune import tune, tuned_recipe, tuning_table
 from tiny import make_world
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -47,7 +50,7 @@ def test_seeds_are_averaged_and_the_base_runs_once(world: Path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "over 2 seeds and examples" in done.stdout and "smf, seed 1 (3 of 3)" in done.stderr
+    assert "over 2 seeds and examples" in done.stdout and "smf, lr 0.05, seed 1 (3 of 3)" in done.stderr
     recipe = load_recipe(world)
     recipe = replace(recipe, train=replace(recipe.train, steps=2), heal=replace(recipe.heal, steps=2))
     base, one, two = results = compare(recipe, ["smf"], 2)
@@ -56,7 +59,7 @@ def test_seeds_are_averaged_and_the_base_runs_once(world: Path):
     mean = (one["scores"]["exam"]["metrics"]["loss"] + two["scores"]["exam"]["metrics"]["loss"]) / 2
     records = [run["scores"]["exam"]["records"] for run in (one, two)]
     estimate = change(records, base["scores"]["exam"]["records"], "loss")
-    cell = rows_of(results, ["loss"])[1][1][1]
+    cell = scores_table(summarise(results, ["loss"]))[1][1][1]
     assert cell == f"{mean:.3f}\n{estimate.value:+.3f}\n[{estimate.low:+.3f}, {estimate.high:+.3f}]"
 
 
@@ -92,6 +95,21 @@ def test_killed_comparison_leaves_nothing_running_and_goes_on_to_the_same_result
     assert scores_of(json.loads(result.read_text())) == scores_of(whole)
 
 
+def test_two_comparisons_in_one_folder_do_each_run_once(tmp_path: Path):
+    recipe_file = make_world(tmp_path)
+    line = command("compare", recipe_file, "--methods", "smf", "lora", "full", "--seeds", "2")
+    both = [
+        subprocess.Popen(line, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"
+    ]
+    printed = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], [err[-2000:] for _, err in printed]
+    assert printed[0][0] == printed[1][0]  # the same tables
+    results = sorted((tmp_path / "runs").glob("*/result.json"))
+    assert len(results) == 7
+    for result in results:
+        assert result.with_name("log.txt").read_text().count("smf: scoring exam") == 1
+
+
 def _wait_for(happened: Callable[[], object]) -> None:
     deadline = time.monotonic() + 200
     while not happened():
@@ -109,19 +127,24 @@ def _living(group: int) -> list[str]:
 # -- tuning -----------------------------------------------------------------------------------------------------------
 
 
-def fake_compare(best: float, calls: list[float]):
-    """Runs whose score is highest at the learning rate `best`."""
+def fake_run(best: float, calls: list[float]):
+    """Runs whose validation score is highest at the learning rate `best`."""
 
-    def run(recipe: Recipe) -> None:
-        assert list(recipe.target.eval) == ["validation"]
-        for name, method in recipe.methods.items():
-            score = 0.0 if method.kind == "base" else 1 - abs(math.log(method.lr / best)) / 10
-            if method.kind != "base":
-                calls.append(method.lr)
-            scores = {"validation": {"role": "target", "metrics": {"acc": score, "loss": 1 - score}, "records": []}}
-            file = result_path(recipe, name)
+    def run(recipe: Recipe, runs: Sequence[tuple[Recipe, str]]) -> list[tuple[Recipe, str]]:
+        for own, name in runs:
+            file = result_path(own, name)
+            if file.is_file() or own.methods[name].kind == "base":
+                continue
+            lr = own.methods[name].lr
+            calls.append(lr)
+            score = 1 - abs(math.log(lr / best)) / 10 if lr else 0.0
+            metrics = {"acc": score, "answer_norm": score, "loss": 1 - score}
+            scores = {"validation": {"role": "validation", "task": "medmcqa", "metrics": metrics, "records": []}}
+            result = {"format": 1, "comparison": own.comparison_id(), "method": name, "kind": "lora", "seed": 0}
+            result |= {"steps": 4, "options": {"lr": lr}, "scores": scores, "rows_changed": 0, "seconds": 1.0}
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"method": name, "scores": scores, "rows_changed": 0, "seconds": 1.0}))
+            file.write_text(json.dumps(result))
+        return []
 
     return run
 
@@ -129,23 +152,25 @@ def fake_compare(best: float, calls: list[float]):
 @pytest.mark.parametrize("metric", ["acc", "loss"])
 @pytest.mark.parametrize(("best", "points"), [(1e-2, 5), (2e-2, 5), (4e-2, 6), (8e-2, 7), (2.5e-3, 6), (1e3, 10)])
 def test_grids_have_one_size_and_grow_until_the_best_is_interior(
-    world: Path, monkeypatch: pytest.MonkeyPatch, best: float, points: int, metric: str
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: float, points: int, metric: str
 ):
     calls: list[float] = []
-    monkeypatch.setattr(smf.tune, "compare", fake_compare(best, calls))
-    recipe = load_recipe(world)
+    monkeypatch.setattr(smf.tune, "run_missing", fake_run(best, calls))
+    recipe = load_recipe(world, output=str(tmp_path))
     recipe = replace(recipe, target=replace(recipe.target, metrics=[metric]))
-    tuned = tune(recipe, ["lora"])["methods"]["lora"]  # lr = 1e-2 in the recipe
+    everything = tune(recipe, ["lora"])
+    tuned = everything["methods"]["lora"]  # lr = 1e-2 in the recipe
     rates = [point["lr"] for point in tuned["grid"]]
-    assert len(rates) == points and rates == sorted(rates) and len(set(rates)) == points
+    assert len(rates) == len(calls) == points and rates == sorted(rates) and len(set(rates)) == points
     assert tuned["interior"] == (points < 10)
+    assert tuned_recipe(recipe, everything).methods["lora"].lr == tuned["best"]
     if tuned["interior"]:
         assert tuned["best"] == pytest.approx(best) and tuned["best"] not in (rates[0], rates[-1])
 
 
-def test_tuning_shows_every_point(world: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(smf.tune, "compare", fake_compare(1e-2, []))
-    tuned = tune(load_recipe(world), points=3)
+def test_tuning_shows_every_point(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(smf.tune, "run_missing", fake_run(1e-2, []))
+    tuned = tune(load_recipe(world, output=str(tmp_path)), points=3)
     table = tuning_table(tuned)
     assert set(tuned["methods"]) == {"smf", "smf-all", "smf-healed", "lora", "full"}
     for entry in tuned["methods"].values():
@@ -172,28 +197,42 @@ def test_tuning_without_validation_rows_is_refused(world: Path):
         tune(recipe, ["smff"])
 
 
-def test_tune_command_runs_resumes_and_writes_its_points(tmp_path: Path):
+def test_tune_command_resumes_and_its_runs_are_those_of_compare(tmp_path: Path):
     recipe = make_world(tmp_path)
-    line = command("tune", recipe, "--methods", "full", "--points", 3, "--max-steps", 1)
+    line = command("tune", recipe, "--methods", "full", "--points", 3, "--max-steps", 2)
     for _ in range(2):
         done = subprocess.run(line, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
     assert "finished, kept" in done.stderr and "| full |" in done.stdout
-    tuned = json.loads((tmp_path / "runs" / "tuning" / "tune.json").read_text())["methods"]["full"]
+    runs = tmp_path / "runs"
+    tuned = json.loads((runs / "tune.json").read_text())["methods"]["full"]
     assert len(tuned["grid"]) >= 3 and all("stories" in point["scores"] for point in tuned["grid"])
+    before = sorted(runs.glob("full-*"))
+    assert load_recipe(runs / "tuned.toml").methods["full"].lr == tuned["best"]
+    done = subprocess.run(
+        command("compare", runs / "tuned.toml", "--methods", "full", "--seeds", 2, "--format", "json"),
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(sorted(runs.glob("full-*"))) == len(before) + 1  # the second seed alone was run
+    assert [len(method["runs"]) for method in json.loads(done.stdout)["methods"]] == [2]
 
 
 def test_validation_rows_may_not_be_trained_on(tmp_path: Path):
     recipe_file = make_world(tmp_path)
     recipe_file.write_text(recipe_file.read_text().replace('"validation.jsonl"', '"train.jsonl"'))
-    done = subprocess.run(command("tune", recipe_file), env=ONE_THREAD, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and "both trained and scored" in done.stderr
+    with pytest.raises(DataError, match="both trained and scored"):
+        load(load_recipe(recipe_file))
 
 
-def test_probe_may_not_take_the_validation_sets_name(world: Path):
-    recipe = load_recipe(world)
-    with pytest.raises(ConfigError, match="give the probe of that name another one"):
-        tune(replace(recipe, probes={"validation": recipe.probes["stories"]}))
+def test_probe_may_not_take_the_validation_sets_name(tmp_path: Path):
+    recipe_file = make_world(tmp_path)
+    recipe_file.write_text(recipe_file.read_text().replace("[probes.stories]", "[probes.validation]"))
+    with pytest.raises(ConfigError, match="'validation' is the name of the set"):
+        load_recipe(recipe_file)
 
 
 def test_validation_rows_may_not_be_scored_too(world: Path):

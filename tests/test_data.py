@@ -10,9 +10,9 @@ from smf.data import Collator, Example, encode, in_order, keep_answered, load_ro
 from smf.errors import DataError
 from smf.evaluate import example_losses, nats_per_token
 from smf.fingerprint import part_of
+from smf.loop import mean_token_loss
 from smf.recipe import Source
 from smf.tasks import medmcqa, perplexity
-from smf.train import mean_token_loss
 from tiny import make_base, make_tokenizer, question, write_lines
 
 PARTS = {"background": 0.4, "healing": 0.3, "probe": 0.3}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smf.recipe import load_recipe
+from smf.recipe_file import load_recipe
 
 REPO = Path(__file__).parents[1]
 METHODS = ["base", "smf-kl", "smf-tfidf", "smf-kl-gradient", "smf-all-rows", "lora", "full"]
@@ -82,6 +82,18 @@ def test_limit_and_steps_are_checked(tmp_path: Path):
         command = [sys.executable, "-m", "smf", "demo", "--output", str(tmp_path), option, "-1"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100)
         assert done.returncode == 2 and f"{option} must be at least" in done.stderr
+
+
+@pytest.mark.slow
+def test_every_method_of_the_study_trains(tmp_path: Path):
+    recipe = load_recipe("world_study.toml", output=str(tmp_path))
+    command = [sys.executable, "-m", "smf", "compare", "world_study.toml", "--output", str(tmp_path)]
+    command += ["--format", "json", "--max-steps", "2", "--limit", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown = json.loads(done.stdout)
+    assert [method["method"] for method in shown["methods"]] == [name for name in recipe.methods if name != "base"]
+    assert shown["matched"] and shown["comparisons"]
 
 
 @pytest.mark.slow

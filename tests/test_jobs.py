@@ -1,5 +1,6 @@
 """Jobs in processes of their own."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import smf.jobs as jobs_module
 from smf.cli import Overrides
 from smf.errors import ConfigError
 from smf.jobs import Job, _last_lines, run_jobs, start_server
-from smf.recipe import load_recipe
+from smf.recipe_file import load_recipe
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -145,6 +147,34 @@ def test_last_lines_of_a_log_are_what_a_terminal_would_show(tmp_path: Path):
     assert _last_lines(log, 9) == ["begun", " 50%|## | 4/9", "scoring", " 20%|##"]
     log.write_bytes(b"\xff" * 100_000 + "\nlast é".encode())
     assert _last_lines(log, 1) == ["last é"]
+
+
+def hold(lock: Path, until: Path) -> None:
+    with FileLock(lock):
+        lock.with_suffix(".held").touch()
+        deadline = time.monotonic() + 60
+        while not until.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def touch(file: Path) -> None:
+    file.touch()
+
+
+def test_jobs_that_another_process_does_wait_and_the_others_go_first(tmp_path: Path):
+    lock, done = tmp_path / "a.lock", tmp_path / "b"
+    other = multiprocessing.get_context("spawn").Process(target=hold, args=(lock, done))
+    other.start()
+    deadline = time.monotonic() + 60
+    while not lock.with_suffix(".held").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first = Job("a", note_times, (tmp_path / "a",), tmp_path / "a.txt", lock)
+    second = Job("b", touch, (done,), tmp_path / "b.txt", tmp_path / "b.lock")  # which lets the other process end
+    run_jobs([first, second], at_once=1)
+    other.join()
+    assert float((tmp_path / "a").read_text().split()[0]) > 0 and done.exists()
 
 
 def test_how_many_run_at_a_time_is_no_part_of_a_runs_name():

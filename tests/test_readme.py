@@ -14,6 +14,7 @@ from tiny import WORDS, make_base, make_tokenizer, make_world
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text()
+SMALL = ["--max-steps", "2", "--limit", "20"]
 
 
 def blocks(language: str) -> list[str]:
@@ -83,12 +84,18 @@ def test_smf_commands_run(line: str, runs: Path, request: pytest.FixtureRequest)
     arguments = shlex.split(line)[1:]
     if "../shared" in line:
         request.getfixturevalue("shared")  # skips where it is absent
+    if arguments[0] == "report":  # of what the commands before it have made
+        command = [sys.executable, "-m", "smf", "report", str(runs), *arguments[2:]]
+        demo = [sys.executable, "-m", "smf", "demo", "--methods", "full", "--output", str(runs), *SMALL]
+        subprocess.run(demo, check=True, capture_output=True, timeout=500)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0 and "full" in done.stdout, done.stderr[-2000:]
+        return
     if "--output" in arguments:
         del arguments[arguments.index("--output") : arguments.index("--output") + 2]
     if "--methods" not in arguments:
         arguments += ["--methods", "smf-kl"]
-    small = ["--output", str(runs), "--max-steps", "2", "--limit", "20"]
-    command = [sys.executable, "-m", "smf", *arguments, *small]
+    command = [sys.executable, "-m", "smf", *arguments, "--output", str(runs), *SMALL]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert arguments[arguments.index("--methods") + 1] in done.stdout

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from smf.errors import ConfigError
-from smf.recipe import SHIPPED, find_recipe, limited, load_recipe, shortened, to_toml
+from smf.recipe import limited, shortened
+from smf.recipe_file import SHIPPED, find_recipe, load_recipe, to_toml
 from tiny import RECIPE
 
 
@@ -32,7 +33,7 @@ def test_written_out_recipe_reads_back_equal(recipe_file: Path):
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda p: p.name)
 def test_shipped_recipes_load_and_begin_with_their_command(path: Path):
     load_recipe(path)
-    assert path.read_text().startswith(f"# smf compare recipes/{path.name}")
+    assert re.match(rf"# smf (compare|tune) recipes/{path.name}\b", path.read_text())
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda p: p.name)
@@ -108,7 +109,7 @@ def test_kl_without_background_is_refused(recipe_file: Path):
 def test_run_id_changes_with_what_changes_a_result_and_with_nothing_else(recipe_file: Path):
     recipe = load_recipe(recipe_file)
     assert recipe.run_id("smf") == load_recipe(recipe_file, output="elsewhere").run_id("smf")
-    shown = dataclasses.replace(recipe, target=dataclasses.replace(recipe.target, metrics=["acc"], validation=None))
+    shown = dataclasses.replace(recipe, target=dataclasses.replace(recipe.target, metrics=["acc"]))
     assert recipe.run_id("smf") == shown.run_id("smf")
     assert recipe.run_id("smf") != load_recipe(recipe_file, seed=1).run_id("smf")
     assert recipe.run_id("smf") != recipe.run_id("lora")
@@ -123,3 +124,11 @@ def test_missing_recipe_lists_the_shipped_ones():
     assert find_recipe("recipes/local_example.toml").is_file()
     with pytest.raises(ConfigError, match="no recipe at"):
         find_recipe("mistyped/local_example.toml")
+
+
+def test_runs_that_differ_in_method_or_seed_alone_can_stand_in_one_table(recipe_file: Path):
+    recipe = load_recipe(recipe_file)
+    changed(recipe_file, "lr = 1e-2", "lr = 2e-2")
+    assert load_recipe(recipe_file, seed=4, jobs=3, output="elsewhere").comparison_id() == recipe.comparison_id()
+    changed(recipe_file, "steps = 4", "steps = 5")
+    assert load_recipe(recipe_file).comparison_id() != recipe.comparison_id()

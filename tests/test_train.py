@@ -15,11 +15,13 @@ import smf
 from smf.cli import main
 from smf.compare import result_path
 from smf.errors import ConfigError, DataError, SmfError
+from smf.loop import newest_complete
 from smf.methods import attach
 from smf.prepare import check_output, load, load_base
-from smf.recipe import load_recipe
-from smf.table import markdown_table
-from smf.train import newest_complete, run_method
+from smf.recipe_file import load_recipe
+from smf.summary import summarise
+from smf.table import markdown
+from smf.train import run_method
 from tiny import make_base, make_world, write_lines
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -102,11 +104,11 @@ def test_saved_patch_and_adapter_score_as_the_run_did(world: Path):
 
 
 def test_all_methods_see_the_same_examples_in_the_same_order(world: Path, monkeypatch: pytest.MonkeyPatch):
-    import smf.train as train
+    import smf.loop as loop
 
     recipe = load_recipe(world, output=str(world.parent / "order"))
     seen: dict[str, list[str]] = {}
-    real = train.RunTrainer
+    real = loop.RunTrainer
 
     class Spy(real):
         def __init__(self, *args, **kwargs):
@@ -119,7 +121,7 @@ def test_all_methods_see_the_same_examples_in_the_same_order(world: Path, monkey
 
             self.data_collator = spy
 
-    monkeypatch.setattr(train, "RunTrainer", Spy)
+    monkeypatch.setattr(loop, "RunTrainer", Spy)
     for current in ("smf", "lora", "full"):
         run_method(recipe, current)
     assert len(seen["smf"]) == 32
@@ -149,15 +151,18 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from transformers import set_seed
-from smf.recipe import load_recipe
+from smf.recipe_file import load_recipe
 from smf.prepare import load
-from smf.train import _prepare, fit
+from smf.data import in_order
+from smf.loop import fit
+from smf.train import _prepare
 
 recipe, folder = load_recipe(sys.argv[1]), Path(sys.argv[2])
 loaded = load(recipe)
 set_seed(recipe.seed)
-prepared, _ = _prepare(recipe, "smf", recipe.methods["smf"], loaded, folder)
-fit(prepared, loaded.train, recipe, folder, loaded.tokenizer, steps=recipe.train.steps, loss="answer", name="smf")
+prepared, _ = _prepare(recipe, "smf", loaded, folder)
+examples = in_order(loaded.train, 8 * recipe.train.steps, recipe.seed)
+fit(prepared, examples, recipe, folder, loaded.tokenizer, steps=recipe.train.steps, loss="answer", name="smf")
 """
 
 
@@ -236,20 +241,21 @@ def test_train_command_under_torchrun_gives_the_rows_of_one_process(own_world: P
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_compare_prints_one_table_and_runs_only_what_is_missing(own_world: Path):
+def test_compare_prints_tables_and_runs_only_what_is_missing(own_world: Path):
     first = run("compare", own_world, "--methods", "base", "smf", "--max-steps", 2)
     assert first.returncode == 0, first.stderr[-2000:]
     for word in ("base", "smf", "exam loss", "exam %", "stories ppl", "rows changed", "peak MB"):
         assert word in first.stdout
     recipe = load_recipe(own_world)
     table = (Path(recipe.output) / "table.md").read_text()
-    assert table.count("\n| ") == 3 and "| smf |" in table and "over examples only (one seed)" in table
+    scores = table.split("\n\n")[0]
+    assert scores.count("\n| ") == 3 and "| smf |" in scores and "over examples only (one seed)" in table
     assert (Path(recipe.output) / "report.html").is_file()
     first_summary = json.loads((Path(recipe.output) / "summary.json").read_text())
-    assert [r["method"] for r in first_summary] == ["base", "smf"]
+    assert [r["method"] for r in (first_summary["base"], *first_summary["methods"])] == ["base", "smf"]
     assert "records" not in json.dumps(first_summary)
     again = run("compare", own_world, "--methods", "base", "smf", "--max-steps", 2)
-    assert again.stdout == first.stdout and "smf, seed 0 (2 of 2): finished, kept" in again.stderr
+    assert again.stdout == first.stdout and "smf, lr 0.05, seed 0 (2 of 2): finished, kept" in again.stderr
 
 
 def test_failing_method_leaves_the_others_results_and_is_named(own_world: Path):
@@ -258,7 +264,7 @@ def test_failing_method_leaves_the_others_results_and_is_named(own_world: Path):
     folder.parent.mkdir(parents=True)
     folder.write_text("a file where the run's folder should be")
     done = run("compare", own_world, "--methods", "lora", "base")
-    assert done.returncode == 2 and "did not finish: ['lora, seed 0']" in done.stderr
+    assert done.returncode == 2 and "did not finish: ['lora, lr 0.01, seed 0']" in done.stderr
     assert result_path(recipe, "base").is_file()
 
 
@@ -380,7 +386,7 @@ def test_table_shows_the_change_against_the_base(world: Path):
     recipe = load_recipe(world)
     results = [run_method(recipe, name) for name in ("base", "full")]
     change = results[1]["scores"]["exam"]["metrics"]["loss"] - results[0]["scores"]["exam"]["metrics"]["loss"]
-    assert f"<br>{change:+.3f}<br>[" in markdown_table(results, ["loss"])
+    assert f"<br>{change:+.3f}<br>[" in markdown(summarise(results, ["loss"]))
 
 
 def test_blank_texts_do_not_become_background_documents(own_world: Path):

@@ -14,7 +14,7 @@ import json, sys
 import torch
 from peft import get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
-import smf, smf.recipe
+import smf, smf.recipe_file
 
 torch.manual_seed(0)
 config = Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -32,7 +32,7 @@ for _ in range(2):
     losses.append(loss.item())
 patch = smf.save_patch(model, sys.argv[1])
 print(json.dumps({"file": smf.__file__, "losses": losses, "rows": len(patch.rows[1]),
-                  "recipes": sorted(p.name for p in smf.recipe.SHIPPED.glob("*.toml"))}))
+                  "recipes": sorted(p.name for p in smf.recipe_file.SHIPPED.glob("*.toml"))}))
 """
 
 

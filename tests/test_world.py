@@ -16,7 +16,8 @@ from smf import world
 from smf.data import load_rows
 from smf.errors import DataError
 from smf.prepare import load_base
-from smf.recipe import Source, load_recipe
+from smf.recipe import Source
+from smf.recipe_file import load_recipe
 from smf.world.facts import general, new_diseases
 from smf.world.phrasings import KINDS
 from smf.world.text import pretraining_text, question, statement

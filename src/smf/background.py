@@ -76,6 +76,12 @@ class Background:
         df_R[found_R] = counts.df[position_R[found_R]].double()
         return b_R.to(rows_R.device), df_R.to(rows_R.device)
 
+    def hubs(self, layer: int, n_rows: int) -> Tensor:
+        """Ids, ascending, of the one percent of a layer's `n_rows` rows that general text reads most."""
+        counts = self.layers[layer]
+        order = torch.sort(counts.b, descending=True, stable=True).indices
+        return counts.ids[order[: max(1, n_rows // 100)]].sort().values
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
         header = {"format": FORMAT, "n_docs": self.n_docs, "identity": self.identity, "corpus": self.corpus}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from .errors import ConfigError, SmfError
 
@@ -41,7 +41,8 @@ class Overrides:
 
     def load(self, path: Path) -> Any:
         """The recipe at `path` with these keys in place of its own."""
-        from .recipe import limited, load_recipe, shortened
+        from .recipe import limited, shortened
+        from .recipe_file import load_recipe
 
         if self.max_steps is not None and self.max_steps < 1:
             raise ConfigError(f"--max-steps must be at least 1; got {self.max_steps}")
@@ -63,16 +64,18 @@ def train(recipe: RecipePath, /, method: str, overrides: Options = Overrides()) 
         method: name of a [methods.NAME] table.
     """
     from .compare import result_path
-    from .table import print_table
+    from .runs import read_result
+    from .summary import summarise
+    from .table import print_tables
     from .train import run_method
 
     loaded = overrides.load(recipe)
     result = run_method(loaded, method)
     if "scores" in result:  # torchrun: the first rank's alone
         bases = [result_path(loaded, name) for name, m in loaded.methods.items() if m.kind == "base" and name != method]
-        before = [json.loads(path.read_text()) for path in bases if path.is_file()]
+        before = [read_result(path) for path in bases if path.is_file()]
         title = f"{method} -> {result_path(loaded, method).parent}"
-        print_table([*before, result], title, loaded.target.metrics)
+        print_tables(summarise([*before, result], loaded.target.metrics), title)
 
 
 def evaluate(
@@ -88,12 +91,17 @@ def evaluate(
         adapter: folder of a saved PEFT adapter (of any method).
         patch: file written by smf.save_patch.
     """
-    from .table import print_table
+    from .summary import summarise
+    from .table import print_tables
     from .train import evaluate_saved
 
     loaded = overrides.load(recipe)
     results = evaluate_saved(loaded, adapter=adapter, patch=patch)
-    print_table(results, f"{recipe.stem} on {loaded.base}", loaded.target.metrics)
+    print_tables(summarise(results, loaded.target.metrics), f"{recipe.stem} on {loaded.base}")
+
+
+Format = Literal["table", "md", "csv", "json"]
+Formatted = Annotated[Format, tyro.conf.arg(help="what to print: tables, Markdown, CSV or JSON")]
 
 
 def compare(
@@ -101,44 +109,102 @@ def compare(
     /,
     methods: tuple[str, ...] = (),
     seeds: int = 1,
+    against: str | None = None,
+    format: Formatted = "table",
     overrides: Options = Overrides(),
 ) -> None:
-    """Train and score every method of a recipe; print one table and write report.html.
+    """Train and score every method of a recipe; print the tables and write report.html.
 
-    Finished methods are not run again, and a killed run goes on where it stopped.
+    Finished methods are not run again, and a killed run goes on where it stopped. Several such commands may share an
+    output folder, each with runs of its own.
 
     Args:
         methods: names of [methods.NAME] tables, beside which the base is always shown; none: all.
-        seeds: how many seeds to run, from the recipe's upwards.
+        seeds: how many seeds to run, from the recipe's upwards; five for a claim.
+        against: the method that the others are compared with; none: the first LoRA, or full finetuning.
     """
     from .compare import compare as run_all
-    from .compare import summary
-    from .files import write_atomically, write_json
-    from .report import write_report
-    from .table import markdown_table, print_table
 
     loaded = overrides.load(recipe)
     results = run_all(loaded, methods, seeds)
-    title, metrics, output = f"{recipe.stem} on {loaded.base}", loaded.target.metrics, Path(loaded.output)
-    print_table(results, title, metrics)
-    write_atomically(output / "table.md", markdown_table(results, metrics))
-    write_json(output / "summary.json", summary(results))
-    write_report(results, output / "report.html", title, _notes(loaded, results), metrics)
-    print(f"report: {output / 'report.html'}")
+    _publish(results, loaded, f"{recipe.stem} on {loaded.base}", format, against)
 
 
-def _notes(recipe: Any, results: list[dict[str, Any]]) -> list[str]:
+def _publish(
+    results: Sequence[dict[str, Any]],
+    recipe: Any,
+    title: str,
+    format: Format,
+    against: str | None = None,
+    gains: Sequence[float] = (),
+    skipped: Mapping[str, str] = {},
+) -> None:
+    """Write report.html, table.md and summary.json into the output folder, and print what was asked for."""
+    from .files import write_atomically, write_json
+    from .report import write_report
+    from .summary import summarise
+    from .table import as_csv, as_json, markdown, print_tables
+
+    summary, output = summarise(results, recipe.target.metrics, against, gains), Path(recipe.output)
+    write_atomically(output / "table.md", markdown(summary))
+    write_json(output / "summary.json", as_json(summary))
+    write_report(summary, output / "report.html", title, _notes(recipe, summary), skipped)
+    if format == "table":
+        print_tables(summary, title)
+    else:
+        as_json_text = json.dumps(as_json(summary), indent=2)
+        print({"md": markdown(summary), "csv": as_csv(summary), "json": as_json_text}[format].rstrip("\n"))
+    print(f"report: {output / 'report.html'}", file=sys.stdout if format == "table" else sys.stderr)
+
+
+def _notes(recipe: Any, summary: Any) -> list[str]:
     """What a report says above its table."""
     from .table import methods_at_a_time
 
-    shown = {result["method"]: recipe.methods[result["method"]] for result in results if result["kind"] != "base"}
-    rates = ", ".join(f"{name} {method.lr:g}" for name, method in shown.items())
+    runs = [run for point in summary.points for run in point.runs]
     per_step = f"{recipe.train.steps or recipe.train.epochs} {'steps' if recipe.train.steps else 'epochs'}"
     return [
         *recipe.about,
-        f"Every method: {per_step} with {recipe.train.batch_size} examples a step. Learning rates: {rates}.",
-        f"Made by: smf {' '.join(sys.argv[1:])}, with {methods_at_a_time(results)} of the methods running at a time",
+        f"Every method: {per_step} with {recipe.train.batch_size} examples a step.",
+        f"Made by: smf {' '.join(sys.argv[1:])}, with {methods_at_a_time(runs)} of the methods running at a time",
     ]
+
+
+def report(
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="folders that smf compare or smf tune wrote to")],
+    /,
+    output: Path | None = None,
+    methods: tuple[str, ...] = (),
+    against: str | None = None,
+    gain: tuple[float, ...] = (),
+    format: Formatted = "table",
+) -> None:
+    """Make tables and report.html anew from the folders of runs; nothing is trained.
+
+    Of a method that was run at several learning rates, the best by the validation score is shown, and all of its points
+    are kept. Folders that are no runs, broken or of another comparison are named and left out.
+
+    Args:
+        output: folder for report.html, table.md and summary.json; none: the first of the runs.
+        methods: names of methods, beside which the base is always shown; none: all.
+        against: the method that the others are compared with; none: the first LoRA, or full finetuning.
+        gain: of the target, at which to read off what each method forgets; none: that of the method compared with.
+    """
+    from .runs import read_runs
+
+    if not runs:
+        raise ConfigError("give the folder of some runs, such as: smf report runs/demo")
+    found = read_runs(runs)
+    for path, reason in found.skipped.items():
+        print(f"smf: skipped {path}: {reason}", file=sys.stderr)
+    names = {result["method"] for result in found.results}
+    unknown = [name for name in methods if name not in names]
+    if unknown:
+        raise ConfigError(f"there are no runs of {unknown[0]!r}; there are {sorted(names)}")
+    results = [r for r in found.results if not methods or r["method"] in methods or r["kind"] == "base"]
+    recipe = replace(found.recipe, output=str(output or runs[0]))
+    title = f"{', '.join(path.name for path in runs)} on {recipe.base}"
+    _publish(results, recipe, title, format, against, gain, found.skipped)
 
 
 def demo(methods: tuple[str, ...] = (), seeds: int = 1, overrides: Options = Overrides()) -> None:
@@ -148,9 +214,9 @@ def demo(methods: tuple[str, ...] = (), seeds: int = 1, overrides: Options = Ove
         methods: names of methods, beside which the base is always shown; none: all.
         seeds: how many seeds to run.
     """
-    from .recipe import SHIPPED
+    from .recipe_file import SHIPPED
 
-    compare(SHIPPED / "demo.toml", methods, seeds, overrides)
+    compare(SHIPPED / "demo.toml", methods, seeds, overrides=overrides)
 
 
 def tune(
@@ -169,16 +235,19 @@ def tune(
         factor: between neighbouring rates.
     """
     from .files import write_atomically, write_json
+    from .recipe_file import to_toml
     from .tune import tune as run_all
-    from .tune import tuning_table
+    from .tune import tuned_recipe, tuning_table
 
     loaded = overrides.load(recipe)
-    output = Path(loaded.output) / "tuning"  # apart from the comparison's own runs
-    tuned = run_all(replace(loaded, output=str(output)), methods, points, factor)
+    output = Path(loaded.output)
+    tuned = run_all(loaded, methods, points, factor)
     table = tuning_table(tuned)
     write_json(output / "tune.json", tuned)
     write_atomically(output / "tune.md", table)
+    write_atomically(output / "tuned.toml", to_toml(tuned_recipe(loaded, tuned)))
     print(table)
+    print(f"the recipe with these rates: {output / 'tuned.toml'}; every point: smf report {output}")
 
 
 def main() -> None:
@@ -190,6 +259,7 @@ def main() -> None:
         "demo": demo,
         "compare": compare,
         "tune": tune,
+        "report": report,
         "train": train,
         "eval": evaluate,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,20 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .data import Loaded
 from .errors import ConfigError, TrainingError
 from .files import write_atomically
-from .jobs import Job, run_jobs, start_server
-from .prepare import Loaded, load
-from .recipe import Recipe, to_toml
+from .jobs import LOCK, Job, run_jobs, start_server
+from .prepare import load
+from .recipe import Recipe
+from .recipe_file import to_toml
+from .runs import read_result
 
+Run = tuple[Recipe, str]  # a recipe, and the name of one of its methods
 PRELOADED = ["smf.train", "datasets", "lm_eval.models.huggingface"]  # seconds to import
 
 
 def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[dict[str, Any]]:
     """Run what is not finished yet, then return all results, method by method in the recipe's order.
 
-    Each run has a process of its own, so that its peak memory is its own and a crash takes nothing else along. A
-    script that calls this needs the usual `if __name__ == "__main__":` of Python's multiprocessing.
+    Each run has a process of its own, so that its peak memory is its own and a crash takes nothing else along; several
+    calls, in as many processes, may share an output folder. A script that calls this needs the usual
+    `if __name__ == "__main__":` of Python's multiprocessing.
 
     Args:
         recipe: what to compare.
@@ -34,11 +38,7 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[di
         ConfigError: for a method that the recipe does not have.
         TrainingError: where a run did not finish; the others are kept.
     """
-    unknown = [name for name in only if name not in recipe.methods]
-    if unknown:
-        raise ConfigError(
-            f"the recipe has no [methods.{unknown[0]}]; its methods: {sorted(recipe.methods)}; separate names by blanks"
-        )
+    check_names(recipe, only)
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1; got {seeds}")
     runs = [
@@ -47,7 +47,32 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[di
         if not only or name in only or method.kind == "base"
         for i in range(1 if method.kind == "base" else seeds)
     ]
-    unfinished: list[tuple[str, tuple[Recipe, str]]] = []
+    failed = run_missing(recipe, runs)
+    if failed:
+        raise TrainingError(
+            f"these methods did not finish: {[_title(*run) for run in failed]}; what went wrong is printed above. The "
+            f"others are kept in {recipe.output}; the same command goes on where it stopped"
+        )
+    return [read_result(result_path(*run)) for run in runs]
+
+
+def check_names(recipe: Recipe, names: Sequence[str]) -> None:
+    """Refuse names that are no methods of the recipe."""
+    unknown = [name for name in names if name not in recipe.methods]
+    if unknown:
+        raise ConfigError(
+            f"the recipe has no [methods.{unknown[0]}]; its methods: {sorted(recipe.methods)}; separate names by blanks"
+        )
+
+
+def run_missing(recipe: Recipe, runs: Sequence[Run]) -> list[Run]:
+    """Do those runs that are not finished, `recipe.jobs` at a time; returns those that failed.
+
+    Args:
+        recipe: what all of them share, and all of their methods.
+        runs: the recipe with a run's own seed and rates, and the method's name.
+    """
+    unfinished: list[tuple[str, Run]] = []
     for number, run in enumerate(runs, 1):
         title = f"{_title(*run)} ({number} of {len(runs)})"
         if result_path(*run).is_file():
@@ -58,15 +83,13 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[di
         start_server(PRELOADED)
         loaded = load(recipe)  # refuses what can't work before the first method spends time
         write_atomically(Path(recipe.output) / "recipe.toml", to_toml(recipe))
-        jobs = [Job(title, _run, (*run, loaded), result_path(*run).with_name("log.txt")) for title, run in unfinished]
-        run_jobs(jobs, recipe.jobs)
-    failed = [run for run in runs if not result_path(*run).is_file()]
-    if failed:
-        raise TrainingError(
-            f"these methods did not finish: {[_title(*run) for run in failed]}; what went wrong is printed above. The "
-            f"others are kept in {recipe.output}; the same command goes on where it stopped"
-        )
-    return [read_result(result_path(*run)) for run in runs]
+        run_jobs([_job(title, run, loaded) for title, run in unfinished], recipe.jobs)
+    return [run for run in runs if not result_path(*run).is_file()]
+
+
+def _job(title: str, run: Run, loaded: Loaded) -> Job:
+    folder = result_path(*run).parent
+    return Job(title, _run, (*run, loaded), folder / "log.txt", folder / LOCK)
 
 
 def result_path(recipe: Recipe, name: str) -> Path:
@@ -74,13 +97,9 @@ def result_path(recipe: Recipe, name: str) -> Path:
     return Path(recipe.output) / recipe.run_id(name) / "result.json"
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """One run's result, with the folder that it lies in."""
-    return json.loads(path.read_text()) | {"folder": str(path.parent)}
-
-
 def _title(recipe: Recipe, name: str) -> str:
-    return f"{name}, seed {recipe.seed}"
+    rate = recipe.methods[name].lr
+    return f"{name}, {f'lr {rate:g}, ' if rate else ''}seed {recipe.seed}"
 
 
 def _run(recipe: Recipe, name: str, loaded: Loaded) -> None:

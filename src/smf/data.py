@@ -34,6 +34,44 @@ class Example:
     start: int
 
 
+@dataclass(frozen=True)
+class ScoredSet:
+    """One target or probe set of a recipe, loaded and checked before anything trains.
+
+    Args:
+        role: "target", "probe" or "validation".
+        task: name of its task.
+        items: examples of a text, or what is asked (`smf.tasks`).
+        cluster: ids that agree up to the first such text are about one thing; "": every id is.
+    """
+
+    role: str
+    task: str
+    items: list[Any]
+    cluster: str = ""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Everything a recipe reads, checked; the base's weights are loaded later.
+
+    Args:
+        tokenizer: of the base.
+        train: what is learned.
+        scored: target, validation and probe sets, by name.
+        background: general texts that rules weigh reads against.
+        healing: examples of general text that heal a memory.
+        replay: examples of general text that methods with `replay` train on.
+    """
+
+    tokenizer: Any
+    train: list[Example]
+    scored: dict[str, ScoredSet]
+    background: list[str]
+    healing: list[Example]
+    replay: list[Example]
+
+
 def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Sequence[str]) -> list[Row]:
     """Rows of a source, in the order of its file.
 
@@ -130,6 +168,18 @@ def in_order(examples: Sequence[Example], count: int, seed: int) -> list[Example
         ordered += [examples[i] for i in torch.randperm(len(examples), generator=generator).tolist()]
         epoch += 1
     return ordered[:count]
+
+
+def with_replay(
+    examples: Sequence[Example], replay: Sequence[Example], share: float, count: int, seed: int
+) -> list[Example]:
+    """`count` examples, of which a share, at places drawn from the seed, are replayed ones instead of the target's."""
+    replayed = round(share * count)
+    if not replayed:
+        return in_order(examples, count, seed)
+    target, other = iter(in_order(examples, count - replayed, seed)), iter(in_order(replay, replayed, seed))
+    places = set(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:replayed].tolist())
+    return [next(other) if place in places else next(target) for place in range(count)]
 
 
 @dataclass(frozen=True)

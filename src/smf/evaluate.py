@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data import Collator, Example, pad_id
+from .data import Collator, Example, ScoredSet, encode, pad_id
 from .harness import answer_records, choice_records
 from .memory import evaluation_mode
 from .recipe import Recipe
@@ -62,6 +61,33 @@ def example_losses(
     return records
 
 
+@torch.no_grad()
+def example_divergences(
+    model: nn.Module, base: nn.Module, examples: Sequence[Example], tokenizer: Any, *, loss: str, batch_size: int
+) -> list[dict[str, Any]]:
+    """For each example the KL divergence of the model from the base, KL(base || model), as `example_losses` has nats.
+
+    Args:
+        model, base: on one device; left in the mode they came in.
+        examples, tokenizer, loss, batch_size: as of `example_losses`.
+    """
+    collate = Collator(pad_id(tokenizer), loss)
+    device = next(model.parameters()).device
+    records = []
+    with evaluation_mode(model), evaluation_mode(base):
+        for i in tqdm(range(0, len(examples), batch_size), desc="divergence", unit="batch", leave=False):
+            batch = examples[i : i + batch_size]
+            inputs = {k: v.to(device) for k, v in collate(batch).items()}
+            learned_BS = inputs.pop("labels")[:, 1:] != -100
+            logits_LV = [m(**inputs).logits[:, :-1][learned_BS].float() for m in (base, model)]  # L labelled positions
+            was_LV, is_LV = (F.log_softmax(logits, -1) for logits in logits_LV)
+            kl_L = F.kl_div(is_LV, was_LV, reduction="none", log_target=True).sum(-1)
+            kl_BS = kl_L.new_zeros(learned_BS.shape).masked_scatter(learned_BS, kl_L).double()
+            for example, nats, tokens in zip(batch, kl_BS.sum(-1).tolist(), learned_BS.sum(-1).tolist(), strict=True):
+                records.append({"id": example.id, "nats": nats, "tokens": tokens})
+    return records
+
+
 def nats_per_token(records: Sequence[dict[str, Any]]) -> float:
     """Mean over all scored tokens."""
     return sum(r["nats"] for r in records) / max(1, sum(r["tokens"] for r in records))
@@ -70,28 +96,28 @@ def nats_per_token(records: Sequence[dict[str, Any]]) -> float:
 # -- the recipe's target and probes -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ScoredSet:
-    """One target or probe set of a recipe, loaded and checked before anything trains.
-
-    Args:
-        role: "target" or "probe".
-        task: name of its task.
-        items: examples of a text, or what is asked (`smf.tasks`).
-    """
-
-    role: str
-    task: str
-    items: list[Any]
-
-
-def score(model: nn.Module, tokenizer: Any, recipe: Recipe, sets: dict[str, ScoredSet]) -> dict[str, Any]:
+def score(
+    model: nn.Module, tokenizer: Any, recipe: Recipe, sets: dict[str, ScoredSet], base: nn.Module | None = None
+) -> dict[str, Any]:
     """Scores of every set, with a record for every example.
 
+    Args:
+        model: what is scored.
+        tokenizer: of the base.
+        recipe: for batch size, length and how many examples the divergence is measured on.
+        sets: what is scored, by name.
+        base: the untouched base; where it is given, its divergence from the model is a set "KL NAME" of its own for
+            every target set and text probe.
+
     Returns:
-        `{name: {"role", "task", "metrics", "records"}}`; shares from 0 to 1, losses in nats per token.
+        `{name: {"role", "task", "metrics", "records"}}`; shares from 0 to 1, losses and divergences in nats per token.
     """
-    return {name: score_set(model, tokenizer, recipe, name, scored) for name, scored in sets.items()}
+    scores = {name: score_set(model, tokenizer, recipe, name, scored) for name, scored in sets.items()}
+    if base is not None:
+        for name, scored in sets.items():
+            if scored.role == "target" or scored.task == "perplexity":
+                scores[f"KL {name}"] = _divergence(model, base, tokenizer, recipe, name, scored)
+    return scores
 
 
 def score_set(model: nn.Module, tokenizer: Any, recipe: Recipe, name: str, scored: ScoredSet) -> dict[str, Any]:
@@ -105,7 +131,33 @@ def score_set(model: nn.Module, tokenizer: Any, recipe: Recipe, name: str, score
         ask = choice_records if task.KIND == "choice" else answer_records
         records = ask(model, tokenizer, scored.items, batch_size=size, max_length=length)
     metrics = {metric: mean_of(records, metric) for metric in task.METRICS}
-    return {"role": scored.role, "task": scored.task, "metrics": metrics, "records": records}
+    return _described(scored, scored.role, scored.task, metrics, records)
+
+
+def _divergence(
+    model: nn.Module, base: nn.Module, tokenizer: Any, recipe: Recipe, name: str, scored: ScoredSet
+) -> dict[str, Any]:
+    """KL(base || model) in nats per token: of a text all its tokens, of a question those of its right answer."""
+    task, length = find_task(scored.task), recipe.train.max_length
+    chosen = scored.items[: recipe.divergence]
+    examples = chosen if task.KIND == "text" else [_answered(item, tokenizer, length) for item in chosen]
+    loss = "full" if task.KIND == "text" else "answer"
+    print(f"smf: scoring KL {name}: {len(examples):,} items", file=sys.stderr)
+    records = example_divergences(model, base, examples, tokenizer, loss=loss, batch_size=recipe.eval_batch_size)
+    return _described(scored, "divergence", "divergence", {"nats": nats_per_token(records)}, records)
+
+
+def _answered(item: dict[str, Any], tokenizer: Any, length: int) -> Example:
+    response = item["choices"][item["answer"]] if "choices" in item else f" {item['answers'][0].strip()}"
+    return encode(tokenizer, item["id"], item["prompt"], response, length, end=False)
+
+
+def _described(
+    scored: ScoredSet, role: str, task: str, metrics: dict[str, float], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    if scored.cluster:
+        records = [record | {"cluster": record["id"].split(scored.cluster)[0]} for record in records]
+    return {"role": role, "task": task, "metrics": metrics, "records": records}
 
 
 def mean_of(records: Sequence[dict[str, Any]], metric: str) -> float:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .errors import ConfigError
 
 MEMORY_PREFIX = "sparse_memory_"
 WRAPPERS = re.compile(r"module\.|_orig_mod\.|base_model\.model\.")  # of DDP, torch.compile and PEFT
@@ -44,6 +48,17 @@ def tensors_hash(tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = N
 def json_hash(value: Any) -> str:
     """SHA-256 of a JSON value with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def source_hash(module: str) -> str:
+    """SHA-256 of the file of a Python module, which is looked for and not imported."""
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # a package on the way to it is missing
+        found = None
+    if found is None or not found.origin or not Path(found.origin).is_file():
+        raise ConfigError(f"there is no Python module {module!r} in the current folder or among the installed ones")
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
 
 
 def part_of(text: str, parts: Mapping[str, float]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -24,6 +25,8 @@ from .errors import SmfError
 # A server that has imported everything forks each job; not on macOS, whose libraries do not bear forking, nor beside
 # CUDA, which a fork must not have touched: there each job imports for itself.
 FORKS = sys.platform == "linux" and not torch.cuda.is_available()
+LOCK = "lock"  # name of such a file, which the process that works in its folder holds
+PATIENCE = 1.0  # seconds between two looks at jobs that other processes do
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Job:
         run: a function of a module.
         arguments: of the call; they travel to the process.
         log: file that all it prints is appended to.
+        lock: file that whoever does this work holds; while another process does, other jobs go first.
     """
 
     title: str
     run: Callable[..., object]
     arguments: tuple[Any, ...]
     log: Path
+    lock: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,14 +83,14 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
     try:
         with progress:
             while waiting or running:
-                while waiting and len(running) < at_once:
-                    job = waiting.pop(0)
+                while len(running) < at_once and (job := _next(waiting)) is not None:
+                    waiting.remove(job)
                     print(f"smf: {job.title}", file=sys.stderr)
                     printed_before = job.log.stat().st_size if job.log.exists() else 0
                     process = context.Process(target=_child, args=(job, threads), name=job.title)
                     process.start()
                     running[process] = _Running(job, time.monotonic(), printed_before)
-                ended = wait([process.sentinel for process in running])
+                ended = wait([process.sentinel for process in running], PATIENCE if waiting else None)
                 for process in [process for process in running if process.sentinel in ended]:
                     process.join()
                     _report(running.pop(process), process.exitcode)
@@ -94,6 +99,21 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
             process.terminate()
             process.join()
         raise
+
+
+def _next(waiting: Sequence[Job]) -> Job | None:
+    """The first job that no other process is at."""
+    return next((job for job in waiting if job.lock is None or not _held(job.lock)), None)
+
+
+def _held(lock: Path) -> bool:
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _child(job: Job, threads: int) -> None:

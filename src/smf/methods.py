@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import importlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, OSFConfig, ShiraConfig, get_peft_model
 from torch import nn
 
 from .adapter import SparseMemoryConfig, set_train
+from .addon import add_dense, save_dense
 from .background import read_background
+from .data import Loaded
+from .decoder import find_decoder
+from .errors import ConfigError
 from .optimizer import SparseMemoryOptimizer
 from .patch import Patch, save_patch
-from .recipe import MemoryOptions, Method, Recipe
+from .recipe import Method, Recipe
 
 
 @dataclass
@@ -27,7 +32,8 @@ class Prepared:
         optimizer: None for the base.
         max_grad_norm: what the training loop clips to; 0 where the optimizer clips by itself.
         trained: numbers that training may change (of a memory: its whole tables, and what else trains).
-        save: writes the result into a folder and returns what it changed: `rows_changed`, `numbers_changed`.
+        save: writes the result into a folder and returns what it changed: `rows_changed` (None where all may have)
+            and `numbers_changed`.
     """
 
     model: nn.Module
@@ -37,36 +43,62 @@ class Prepared:
     save: Callable[[Path], dict[str, Any]]
 
 
-def memory_config(options: MemoryOptions, seed: int, train: str = "rows") -> SparseMemoryConfig:
-    """The config of a recipe's memory."""
-    keys: dict[str, Any] = asdict(options)
-    return SparseMemoryConfig(**keys, seed=seed, train=train)  # type: ignore[arg-type]
+# From the base (with a memory, where the kind wants one), the method's options, the recipe and all that it reads.
+# Functions of users have this signature too: docs/methods.md.
+MakeMethod = Callable[[Any, Method, Recipe, Loaded], Prepared]
 
 
-def base(model: nn.Module, method: Method, recipe: Recipe) -> Prepared:
+def base(model: nn.Module, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
     """The untouched base: what the other rows are compared with."""
     return Prepared(model, None, 0.0, 0, lambda folder: {"rows_changed": 0, "numbers_changed": 0})
 
 
-def full(model: nn.Module, method: Method, recipe: Recipe) -> Prepared:
+def full(model: nn.Module, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
     """Every weight, by AdamW."""
-    model.requires_grad_(True)
-    return _dense(model, method, recipe)
+    return dense(model.requires_grad_(True), method, recipe)
 
 
-def lora(model: Any, method: Method, recipe: Recipe) -> Prepared:
-    """PEFT's LoRA on all linear layers, by AdamW."""
-    config = LoraConfig(
-        r=method.r,
-        lora_alpha=method.alpha,  # type: ignore[arg-type]  # PEFT annotates int, scales by alpha / r
-        lora_dropout=method.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return _dense(get_peft_model(model, config), method, recipe)
+def lora(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
+    """LoRA (arXiv 2106.09685), of PEFT, by AdamW."""
+    options = {"r": method.r, "lora_alpha": method.alpha, "lora_dropout": method.dropout}
+    return _peft(LoraConfig, model, method, recipe, options)
 
 
-def _dense(model: Any, method: Method, recipe: Recipe) -> Prepared:
+def oft(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
+    """Orthogonal finetuning (arXiv 2306.07280), of PEFT, by AdamW."""
+    return _peft(OFTConfig, model, method, recipe, {})
+
+
+def osf(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
+    """Orthogonal subspace finetuning (arXiv 2504.07097), of PEFT, by AdamW."""
+    return _peft(OSFConfig, model, method, recipe, {})
+
+
+def shira(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
+    """Sparse high-rank adapters (arXiv 2406.13175), of PEFT, by AdamW."""
+    return _peft(ShiraConfig, model, method, recipe, {"r": method.r, "random_seed": recipe.seed})
+
+
+def _peft(config: Any, model: Any, method: Method, recipe: Recipe, options: dict[str, Any]) -> Prepared:
+    """A method of PEFT on all linear layers, or those of some decoder layers, with the recipe's options on top."""
+    where = "all-linear" if method.layers is None else _linear(model, method.layers)
+    try:
+        made = config(**({"target_modules": where, "task_type": "CAUSAL_LM"} | options | method.options))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"options = {method.options} do not fit PEFT's {config.__name__}: {error}") from error
+    return dense(get_peft_model(model, made), method, recipe)
+
+
+def _linear(model: nn.Module, layers: list[int]) -> list[str]:
+    """Names of the linear layers within some decoder layers."""
+    decoder = find_decoder(model)
+    decoder.mlp_names(layers, replace=False)  # refuses layers that there are not
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in names if name.startswith(f"{decoder.name}.") and decoder.index(name) in layers]
+
+
+def dense(model: Any, method: Method, recipe: Recipe) -> Prepared:
+    """All parameters that require gradients, by AdamW; saved by the model's own `save_pretrained`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     trained = sum(p.numel() for p in parameters)
     optimizer = torch.optim.AdamW(parameters, lr=method.lr, weight_decay=recipe.train.weight_decay)
@@ -76,6 +108,32 @@ def _dense(model: Any, method: Method, recipe: Recipe) -> Prepared:
         return {"rows_changed": 0, "numbers_changed": trained}
 
     return Prepared(model, optimizer, recipe.train.max_grad_norm, trained, save)
+
+
+def dense_addon(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
+    """Control: beside the same layers, in place of a memory, a gated MLP of equally many FLOPs a token, by AdamW."""
+    prepared = dense(add_dense(model.requires_grad_(False), memory_config(recipe, method)), method, recipe)
+
+    def save(folder: Path) -> dict[str, Any]:
+        save_dense(model, folder / "addon.safetensors")
+        return {"rows_changed": 0, "numbers_changed": prepared.trained}
+
+    return replace(prepared, save=save)
+
+
+# -- methods with a memory --------------------------------------------------------------------------------------------
+
+
+def memory_config(recipe: Recipe, method: Method) -> SparseMemoryConfig:
+    """The config of a method's memory."""
+    keys: dict[str, Any] = asdict(method.memory or recipe.memory)
+    layers = keys["layers"] if method.layers is None else method.layers
+    return SparseMemoryConfig(**(keys | {"layers": layers}), seed=recipe.seed, train=method.train)  # type: ignore[arg-type]
+
+
+def attach(model: Any, method: Method, recipe: Recipe) -> Any:
+    """The base with the method's memory at its start."""
+    return get_peft_model(model, memory_config(recipe, method))
 
 
 def healing(model: Any, recipe: Recipe) -> Prepared:
@@ -90,36 +148,34 @@ def healing(model: Any, recipe: Recipe) -> Prepared:
         max_grad_norm=recipe.train.max_grad_norm,
         seed=recipe.seed,
     )
+    trained = model.get_nb_trainable_parameters()[0]
 
     def save(folder: Path) -> dict[str, Any]:
         model.save_pretrained(folder)
-        return {"rows_changed": 0, "numbers_changed": 0}
+        return {"rows_changed": None, "numbers_changed": trained}
 
-    return Prepared(model, optimizer, 0.0, model.get_nb_trainable_parameters()[0], save)
-
-
-def attach(model: Any, method: Method, recipe: Recipe) -> Any:
-    """The base with the method's memory at its start."""
-    return get_peft_model(model, memory_config(method.memory or recipe.memory, recipe.seed, method.train))
+    return Prepared(model, optimizer, 0.0, trained, save)
 
 
-def counts(patch: Patch) -> dict[str, Any]:
-    """How many rows and numbers a patch changes."""
-    numbers = sum(new.numel() for new in patch.new.values())
-    numbers += sum(t.numel() for others in patch.new_others.values() for t in others.values())
-    by_layer = {str(layer): len(ids) for layer, ids in patch.rows.items()}
-    return {"rows_changed": sum(by_layer.values()), "rows_by_layer": by_layer, "numbers_changed": numbers}
+def healed(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
+    """Control: the healed memory as it is, so that what healing learned and forgot by itself is seen."""
+    trained = healing(model, recipe).trained
+
+    def save(folder: Path) -> dict[str, Any]:
+        model.save_pretrained(folder / "adapter")
+        return {"rows_changed": None, "numbers_changed": trained}
+
+    return Prepared(model, None, 0.0, trained, save)
 
 
-def smf(model: Any, method: Method, recipe: Recipe, *, tokenizer: Any, background_texts: Sequence[str]) -> Prepared:
+def smf(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
     """Rows of the memory that `attach` added (and healing may have trained)."""
     set_train(model, method.train)
     background = None
-    if background_texts:
-        assert recipe.background is not None
-        background = read_background(
-            model, background_texts, tokenizer=tokenizer, max_length=recipe.background.max_length
-        )
+    if method.rule in ("kl", "tfidf"):
+        assert recipe.background is not None  # checked with the recipe
+        length = recipe.background.max_length
+        background = read_background(model, loaded.background, tokenizer=loaded.tokenizer, max_length=length)
     optimizer = SparseMemoryOptimizer(
         model,
         background,
@@ -141,3 +197,42 @@ def smf(model: Any, method: Method, recipe: Recipe, *, tokenizer: Any, backgroun
         return counts(patch)
 
     return Prepared(model, optimizer, 0.0, model.get_nb_trainable_parameters()[0], save)
+
+
+def counts(patch: Patch) -> dict[str, Any]:
+    """How many rows and numbers a patch changes."""
+    numbers = sum(new.numel() for new in patch.new.values())
+    numbers += sum(t.numel() for others in patch.new_others.values() for t in others.values())
+    by_layer = {str(layer): len(ids) for layer, ids in patch.rows.items()}
+    return {"rows_changed": sum(by_layer.values()), "rows_by_layer": by_layer, "numbers_changed": numbers}
+
+
+# -- by name ----------------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, MakeMethod] = {
+    "base": base,
+    "smf": smf,
+    "healed": healed,
+    "dense-addon": dense_addon,
+    "lora": lora,
+    "oft": oft,
+    "osf": osf,
+    "shira": shira,
+    "full": full,
+}
+WITH_MEMORY = ("smf", "healed")
+BESIDE_THE_MLP = (*WITH_MEMORY, "dense-addon")
+
+
+def find_method(kind: str) -> MakeMethod:
+    """The function of a method's kind: one of ours by name, one of a user's by "module:function"."""
+    if kind in METHODS:
+        return METHODS[kind]
+    module, _, name = kind.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ConfigError(f"kind = {kind!r}: module {module!r} cannot be imported: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"kind = {kind!r}: module {module!r} has no function {name!r}")
+    return function  # type: ignore[return-value]  # what it returns is seen when it is called

@@ -20,7 +20,7 @@ from .errors import ConfigError, TrainingError
 from .fingerprint import is_memory_parameter
 from .memory import Factors, Journal, ProductKeyMemory, memory_layers, seeded
 from .rows import RowStore, find
-from .selection import ReadsKind, Rule, count_reads, find_rule, score_rows, select_rows
+from .selection import ReadsKind, Rule, count_reads, find_rule, hub_share, score_rows, select_rows
 
 UpdateKind = Literal["adam", "sgd", "masked-adam"]
 
@@ -34,6 +34,7 @@ class StepReport:
         rows: ids of the rows chosen in each layer, ascending.
         rows_read: how many rows each layer read.
         reads: how many reads (hits) each layer counted, over all micro-batches and ranks.
+        hub_share: which share of what each layer counted fell on the one percent of its rows that were read most.
         grad_norm: norm over the chosen rows and the other trainable parameters, before clipping.
     """
 
@@ -41,6 +42,7 @@ class StepReport:
     rows: dict[int, Tensor]
     rows_read: dict[int, int]
     reads: dict[int, int]
+    hub_share: dict[int, float]
     grad_norm: float
 
     def __repr__(self) -> str:
@@ -181,7 +183,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._refuse_wrong_use()
         factors = {layer: memory.take() for layer, memory in self.memories.items()}
-        report = StepReport(self.steps + 1, {}, {}, {}, 0.0)
+        report = StepReport(self.steps + 1, {}, {}, {}, {}, 0.0)
         grads = {layer: self._choose(layer, report, factors[layer]) for layer in self.memories}
         if sum(report.reads.values()) == 0:
             raise TrainingError(
@@ -203,7 +205,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         if micro and not ranks.same_everywhere(len(factors)):
             raise TrainingError('select_every="micro" needs equally many micro-batches on every rank')
         groups = [[f] for f in factors] if micro else [factors]
-        rows_read, chosen, grads = [], [], []
+        rows_read, chosen, grads, hubs = [], [], [], []
         report.reads[layer] = 0
         for i, group in enumerate(groups):
             reads = ranks.sum_reads(count_reads(group, self.reads_kind, memory.values.device))
@@ -216,10 +218,12 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
                 scores_R = score_rows(self._score, reads, layer, self.background, memory.shape.n_rows, generator)
                 rows = select_rows(reads, scores_R, self.rows_per_step)
             rows_read.append(reads.rows_R)
+            hubs.append(hub_share(reads.c_R, memory.shape.n_rows))
             chosen.append(rows)
             grads.append(row_gradient(group, rows, memory.values))
         device = memory.values.device
         empty = torch.empty(0, dtype=torch.int64, device=device)
+        report.hub_share[layer] = sum(hubs) / max(1, len(hubs))
         report.rows_read[layer] = len(torch.unique(torch.cat([empty, *rows_read])))
         report.rows[layer] = rows = torch.unique(torch.cat([empty, *chosen]))
         grad_tD = row_gradient([], rows, memory.values)

@@ -6,7 +6,6 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import methods, world
-from .data import Example, encode, keep_answered, load_rows
+from .data import Example, Loaded, ScoredSet, encode, keep_answered, load_rows
 from .decoder import default_layers, find_decoder
 from .errors import ConfigError, DataError
-from .evaluate import ScoredSet
 from .recipe import Recipe, Source
 from .selection import find_rule
 from .tasks import find_task
 
-
-@dataclass(frozen=True)
-class Loaded:
-    """Everything a recipe reads, checked; the base's weights are loaded later."""
-
-    tokenizer: Any
-    train: list[Example]
-    scored: dict[str, ScoredSet]
-    background: list[str]
-    healing: list[Example]
+VALIDATION = "validation"  # name of the set that learning rates are chosen by
 
 
 def load(recipe: Recipe) -> Loaded:
@@ -43,17 +32,29 @@ def load(recipe: Recipe) -> Loaded:
     explained = recipe.target.explanation and hasattr(task, "EXPLANATION")
     need = (*task.COLUMNS, task.EXPLANATION) if explained else task.COLUMNS
     train = _answered(recipe, tokenizer, task, _rows(recipe, recipe.target.train, task, need), explained)
-    targets = [scored_set for scored_set in scored.values() if scored_set.role == "target"]
-    overlap = {example.id for example in train} & {item["id"] for target in targets for item in target.items}
+    asked = [scored_set for scored_set in scored.values() if scored_set.role in ("target", "validation")]
+    overlap = {example.id for example in train} & {item["id"] for scored_set in asked for item in scored_set.items}
     if overlap:
         raise DataError(f"{len(overlap)} rows are both trained and scored, such as id {min(overlap)!r}")
     background = [] if recipe.background is None else _texts(recipe, recipe.background.source)
     healing: list[Example] = []
-    if recipe.heal is not None and any(method.heal for method in recipe.methods.values()):
-        source = recipe.heal.source
-        rows = load_rows(source, recipe.data, recipe.parts, [source.column])
-        healing = find_task("perplexity").examples(rows, source.column, tokenizer, recipe.train.max_length)
-    return Loaded(tokenizer, train, scored, background, healing)
+    if recipe.heal is not None and any(m.heal or m.kind == "healed" for m in recipe.methods.values()):
+        healing = _text_examples(recipe, recipe.heal.source, tokenizer)
+    replay: list[Example] = []
+    if recipe.replay is not None and any(method.replay for method in recipe.methods.values()):
+        replay = _text_examples(recipe, recipe.replay.source, tokenizer)
+    texts = {
+        tuple(item.ids)
+        for scored_set in scored.values()
+        if scored_set.role == "probe"
+        for item in scored_set.items
+        if isinstance(item, Example)
+    }
+    for what, examples in (("heal", healing), ("replay", replay)):
+        both = [example.id for example in examples if tuple(example.ids) in texts]
+        if both:
+            raise DataError(f"{len(both)} texts of [{what}] are scored as well, such as number {both[0]}; use [parts]")
+    return Loaded(tokenizer, train, scored, background, healing, replay)
 
 
 def load_scored(recipe: Recipe) -> tuple[Any, dict[str, ScoredSet]]:
@@ -69,12 +70,26 @@ def load_scored(recipe: Recipe) -> tuple[Any, dict[str, ScoredSet]]:
         raise ConfigError(
             f"target.metrics = {recipe.target.metrics}; task {recipe.target.task!r} has {list(task.METRICS)}"
         )
-    sets = {}
-    for name, source in recipe.target.eval.items():
-        sets[name] = ScoredSet("target", recipe.target.task, _items(recipe, recipe.target.task, source, tokenizer))
-    for name, probe in recipe.probes.items():
-        sets[name] = ScoredSet("probe", probe.task, _items(recipe, probe.task, probe.source, tokenizer))
+    named = [(name, "target", recipe.target.task, source) for name, source in recipe.target.eval.items()]
+    if recipe.target.validation is not None:
+        named.append((VALIDATION, "validation", recipe.target.task, recipe.target.validation))
+    named += [(name, "probe", probe.task, probe.source) for name, probe in recipe.probes.items()]
+    sets = {
+        name: ScoredSet(role, task, _items(recipe, task, source, tokenizer), source.cluster)
+        for name, role, task, source in named
+    }
+    _refuse_shared_validation(sets)
     return tokenizer, sets
+
+
+def _refuse_shared_validation(sets: dict[str, ScoredSet]) -> None:
+    """What learning rates are chosen by must not be what the methods are compared by."""
+    if VALIDATION in sets:
+        ids = {item["id"] for item in sets[VALIDATION].items}
+        tested = {item["id"] for scored in sets.values() if scored.role == "target" for item in scored.items}
+        if ids & tested:
+            shared = ids & tested
+            raise DataError(f"{len(shared)} validation rows are in target.eval too, such as id {min(shared)!r}")
 
 
 def _rows(recipe: Recipe, source: Source, task: Any, need: Sequence[str]) -> list[Any]:
@@ -103,6 +118,11 @@ def _answered(recipe: Recipe, tokenizer: Any, task: Any, rows: list[Any], explan
     return keep_answered(examples, recipe.train.too_long, length)
 
 
+def _text_examples(recipe: Recipe, source: Source, tokenizer: Any) -> list[Example]:
+    rows = load_rows(source, recipe.data, recipe.parts, [source.column])
+    return find_task("perplexity").examples(rows, source.column, tokenizer, recipe.train.max_length)
+
+
 def _texts(recipe: Recipe, source: Source) -> list[str]:
     rows = load_rows(source, recipe.data, recipe.parts, [source.column])
     return [row[source.column] for row in rows if row[source.column].strip()]
@@ -118,21 +138,21 @@ def check_output(folder: Path) -> None:
 
 
 def check_models(recipe: Recipe) -> None:
-    """Refuse memory options that do not fit the base, looking at its config only."""
+    """Refuse memory options that do not fit the base, looking at its config only, and functions that do not exist."""
     config = _from_base(AutoConfig, recipe)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        skeleton = AutoModelForCausalLM.from_config(config)
+        decoder = find_decoder(AutoModelForCausalLM.from_config(config))
     for name, method in recipe.methods.items():
-        if method.kind == "smf":
-            try:
+        try:
+            methods.find_method(method.kind)
+            if method.kind in methods.BESIDE_THE_MLP:
                 find_rule(method.rule)
-            except ConfigError as error:
-                raise ConfigError(f"[methods.{name}]: {error}") from error
-            memory = methods.memory_config(method.memory or recipe.memory, recipe.seed, method.train)
-            decoder = find_decoder(skeleton)
-            layers = memory.layers or default_layers(len(decoder.blocks))
-            decoder.mlp_names(layers, replace=memory.mode == "replacement")
+                memory = methods.memory_config(recipe, method)
+                layers = memory.layers or default_layers(len(decoder.blocks))
+                decoder.mlp_names(layers, replace=memory.mode == "replacement")
+        except ConfigError as error:
+            raise ConfigError(f"[methods.{name}]: {error}") from error
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

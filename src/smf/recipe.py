@@ -1,23 +1,14 @@
-"""Recipes: one TOML file that says what is trained on what, and what is measured. Every key is checked before work."""
+"""Recipes: what is trained on what, and what is measured. `smf.recipe_file` reads and writes them as TOML."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import tomllib
-import types
-import typing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from . import world
 from .adapter import SparseMemoryConfig
-from .errors import ConfigError
-from .fingerprint import json_hash
-
-SHIPPED = Path(__file__).parent / "recipes"
+from .fingerprint import json_hash, source_hash
 
 
 @dataclass(frozen=True)
@@ -40,6 +31,8 @@ class Source:
     """Use only the rows that the hash of their text puts into this part of [parts]."""
     limit: int = 0
     """Use the first rows only (before the choice of a part); 0: all."""
+    cluster: str = ""
+    """Rows whose ids agree up to the first such text are about one thing; intervals draw them together."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,9 @@ class TrainOptions:
     max_grad_norm: float = 1.0
     """Clipping of the gradient's norm; 0: none."""
     save_every: int = 100
-    """Steps between checkpoints."""
+    """Steps between checkpoints that a killed run goes on from."""
+    score_at: list[float] = field(default_factory=list)
+    """Shares of the steps after which to score too, besides the end."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +92,9 @@ class Target:
     eval: dict[str, Source] = field(default_factory=dict)
     """Rows to score on, by the name that tables give them."""
     validation: Source | None = None
-    """Rows by which `smf tune` chooses learning rates; shares no row with `eval`."""
+    """Rows by which learning rates are chosen; shares no row with `eval`."""
     metrics: list[str] = field(default_factory=lambda: ["acc"])
-    """Scores to show; `smf tune` chooses by the first."""
+    """Scores to show; learning rates are chosen by the first."""
     explanation: bool = True
     """Whether the explanation, where there is one, follows the answer in training."""
 
@@ -139,13 +134,28 @@ class HealOptions:
 
 
 @dataclass(frozen=True)
+class ReplayOptions:
+    """General text that methods with `replay` train on beside the target."""
+
+    source: Source = field(default_factory=Source)
+    """Rows with the text; none of it may be scored."""
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of the table: what trains, and how."""
 
-    kind: Literal["base", "smf", "lora", "full"] = "smf"
-    """base: nothing trains; smf: memory rows; lora: PEFT's LoRA on all linear layers; full: every weight."""
+    kind: str = "smf"
+    """base: nothing trains; smf: memory rows; healed: the whole memory, on general text alone; dense-addon: a gated
+    MLP beside the same layers; lora, oft, osf, shira: of PEFT, on all linear layers; full: every weight; or a function
+    of your own, as "module:function" (docs/methods.md)."""
     lr: float = 0.0
     """Learning rate."""
+    replay: float = 0.0
+    """Share of the training examples that are general text of [replay], in place of the target's."""
+    layers: list[int] | None = None
+    """smf, healed, dense-addon: decoder layers, in place of [memory]'s; lora, oft, osf,
+    shira: only these, in place of all."""
     lr_other: float = 0.0
     """smf: learning rate of other trainable parameters (scale); 0: lr."""
     rule: str = "kl"
@@ -163,13 +173,17 @@ class Method:
     heal: bool = False
     """smf: train the whole memory as [heal] says first."""
     memory: MemoryOptions | None = None
-    """smf: another memory than the recipe's."""
+    """smf, healed, dense-addon: another memory than the recipe's."""
     r: int = 16
-    """lora: rank."""
+    """lora: rank; shira: r of PEFT's config."""
     alpha: float = 32.0
     """lora: scaling."""
     dropout: float = 0.0
     """lora: dropout."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """lora, oft, osf, shira: more keys of PEFT's config; a function of your own: whatever it reads."""
+    axes: dict[str, list[Any]] = field(default_factory=dict)
+    """Keys of this method with several values each: one method is made of every combination."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +208,8 @@ class Recipe:
     """Methods that run at a time, with an equal share of the processor's cores each."""
     eval_batch_size: int = 16
     """Sequences of a forward pass when scoring."""
+    divergence: int = 0
+    """Examples of each target set and text probe on which to measure how far the model moved from the base (KL)."""
     parts: dict[str, float] = field(default_factory=dict)
     """Shares of a text collection by hash of the text; the parts of one collection are disjoint."""
     memory: MemoryOptions = field(default_factory=MemoryOptions)
@@ -201,52 +217,40 @@ class Recipe:
     target: Target = field(default_factory=Target)
     background: BackgroundOptions | None = None
     heal: HealOptions | None = None
+    replay: ReplayOptions | None = None
     probes: dict[str, Probe] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
 
     def run_id(self, method: str) -> str:
         """Name of the folder of one method's run: it changes with every key that can change its result.
 
-        What files hold is not looked at: another model or data under the same name needs another output folder.
+        What files hold is not looked at, but for the module of a method of one's own: another model or data under the
+        same name needs another output folder.
         """
-        keys = dataclasses.asdict(self)
-        keys["methods"] = keys["methods"][method]
-        for key in ("about", "output", "jobs"):
-            keys.pop(key)
-        for key in ("metrics", "validation"):  # what is shown, and what `smf tune` looks at
-            keys["target"].pop(key)
-        if "world" in (self.base, self.data):
-            keys["world"] = world.HASH
+        keys = self._shared() | {"seed": self.seed, "method": dataclasses.asdict(self.methods[method])}
+        if ":" in self.methods[method].kind:
+            keys["source"] = source_hash(self.methods[method].kind.partition(":")[0])
         return f"{method}-{json_hash(keys)[:10]}"
 
+    def healing_id(self, method: Method) -> str:
+        """Hash of all that decides how a method's memory is healed."""
+        keys = dataclasses.asdict(self)
+        kept = ("base", "revision", "dtype", "data", "parts", "heal", "train", "seed")
+        memory = dataclasses.asdict(method.memory or self.memory) | ({"layers": method.layers} if method.layers else {})
+        return json_hash([world.HASH, memory, {key: keys[key] for key in kept}])[:10]
 
-def find_recipe(path: str | Path) -> Path:
-    """The file at `path`, or the shipped recipe of that file name."""
-    candidates = [Path(path)]
-    if Path(path).parent in (Path(), Path("recipes")):  # a mistyped folder must not find another file of that name
-        candidates += [SHIPPED / Path(path).name, (SHIPPED / Path(path).name).with_suffix(".toml")]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    names = sorted(p.name for p in SHIPPED.glob("*.toml"))
-    raise ConfigError(f"no recipe at {path}, and none of that name is shipped; shipped recipes: {names}")
+    def comparison_id(self) -> str:
+        """Hash of all that runs must share to stand in one table: everything but method and seed."""
+        return json_hash(self._shared())[:10]
 
-
-def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
-    """Read and check a recipe; `overrides` replace its keys where they are not None.
-
-    Raises:
-        ConfigError: for a file that is not TOML, an unknown key (with the nearest name), or a value that cannot be.
-    """
-    file = find_recipe(path)
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not TOML: {error}") from error
-    table |= {key: value for key, value in overrides.items() if value is not None}
-    recipe = _build(Recipe, table, str(file.name))
-    _check(recipe, file.name)
-    return recipe
+    def _shared(self) -> dict[str, Any]:
+        keys = dataclasses.asdict(self)
+        for key in ("methods", "seed", "about", "output", "jobs"):
+            keys.pop(key)
+        keys["target"].pop("metrics")  # which of the scores are shown
+        if "world" in (self.base, self.data):
+            keys["world"] = world.HASH
+        return keys
 
 
 def shortened(recipe: Recipe, steps: int) -> Recipe:
@@ -272,116 +276,3 @@ def limited(recipe: Recipe, rows: int) -> Recipe:
     return replace(
         recipe, target=target, probes={name: replace(probe, source=cut(probe.source)) for name, probe in probes.items()}
     )
-
-
-def to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML, every key written out; `load_recipe` reads it back equal."""
-    lines: list[str] = []
-    _write_table(dataclasses.asdict(recipe), [], lines)
-    return "\n".join(lines) + "\n"
-
-
-def _write_table(table: dict[str, Any], path: list[str], lines: list[str]) -> None:
-    if path:
-        lines += ["", f"[{'.'.join(path)}]"]
-    lines += [f"{k} = {_value(v)}" for k, v in table.items() if v is not None and not isinstance(v, dict)]
-    for key, value in table.items():
-        if isinstance(value, dict):
-            _write_table(value, [*path, _key(key)], lines)
-
-
-def _key(key: str) -> str:
-    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else _value(key)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):  # a TOML basic string: JSON's escapes are a subset of its own, but for \u007f
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list):
-        return f"[{', '.join(map(_value, value))}]"
-    return repr(value)
-
-
-def _build(cls: type, table: Any, where: str) -> Any:
-    """A dataclass from a TOML table; unknown keys and wrong types are refused by name."""
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where} must be a table; got {table!r}")
-    hints = typing.get_type_hints(cls)
-    for key in table:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{where}: unknown key {key!r}; did you mean {near!r}? Keys: {', '.join(hints)}")
-    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in table.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:  # X | None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{where} = {value!r}; expected one of {list(arguments)}")
-        return value
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where} must be a table; got {value!r}")
-        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where} must be a list; got {value!r}")
-        return [_convert(arguments[0], item, where) for item in value]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{where} = {value!r}; expected {hint.__name__}, got {type(value).__name__}")
-    return value
-
-
-AT_LEAST_ONE = {
-    "batch_size",
-    "micro_batch_size",
-    "max_length",
-    "save_every",
-    "jobs",
-    "eval_batch_size",
-    "rows_per_step",
-    "r",
-}
-
-
-def _check_numbers(table: dict[str, Any], where: str) -> None:
-    """Every number of a recipe is finite and not negative (but for layer indices, which the model checks)."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            _check_numbers(value, f"{where}: {key}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            least = 1 if key in AT_LEAST_ONE else 0
-            if not least <= value < float("inf"):
-                raise ConfigError(f"{where}: {key} = {value}; expected a finite number of at least {least}")
-
-
-def _check(recipe: Recipe, where: str) -> None:
-    train = recipe.train
-    _check_numbers(dataclasses.asdict(recipe), where)
-    if train.batch_size % train.micro_batch_size:
-        raise ConfigError(
-            f"{where}: batch_size = {train.batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}"
-        )
-    both = set(recipe.target.eval) & set(recipe.probes)
-    if both:
-        raise ConfigError(f"{where}: {sorted(both)[0]!r} names a set of target.eval and a probe; give them two names")
-    if not recipe.methods:
-        raise ConfigError(f"{where}: no [methods.NAME] table, so there is nothing to compare")
-    if any(share < 0 for share in recipe.parts.values()) or sum(recipe.parts.values()) > 1 + 1e-9:
-        raise ConfigError(f"{where}: [parts] must be shares that add up to 1 at most; got {recipe.parts}")
-    for name, method in recipe.methods.items():
-        if method.kind != "base" and method.lr <= 0:
-            raise ConfigError(f"{where}: [methods.{name}] lr = {method.lr}; expected a number above 0")
-        if method.heal and recipe.heal is None:
-            raise ConfigError(f"{where}: [methods.{name}] heal = true needs a [heal] table that says on what text")
-        if method.kind == "smf" and method.rule in ("kl", "tfidf") and recipe.background is None:
-            raise ConfigError(f"{where}: [methods.{name}] rule = {method.rule!r} needs a [background] table")

@@ -1,146 +1,316 @@
-"""The report: one HTML file, without any network, that shows what each method learned and what it forgot."""
+"""The report: one HTML file, without any network, that shows what each method learned and what it forgot.
+
+The template lays out the page and its tables; here is what they are made of.
+"""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib
-from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
 
+from . import plots
 from .errors import DataError
 from .files import write_atomically
-from .stats import RATIOS, Estimate, flips
-from .table import COSTS, change_of, grouped, mean_cost, mean_score, shown_metrics
+from .plots import Line, number_text
+from .stats import Estimate, flips
+from .study import VALIDATION, Point
+from .summary import MARGIN, Column, Summary, is_non_inferior
+from .table import COSTS, digits_of, label_of, mean_cost, methods_at_a_time, over_what
 from .tasks import find_task
 
-# What matplotlib draws in these colours takes the page's instead, so that one drawing serves light and dark.
-INK, PAPER, TONE = "#1a2b3c", "#3c2b1a", "#c0de"
-TONES = 8  # --tone-0 to --tone-7 in the template
-SHAPES = "os^Dv>X"  # seven, so that pairs of shape and colour repeat after 56; the template has them as SVG paths
-STYLE: dict[Any, Any] = dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"], INK)
-STYLE |= {"xtick.color": INK, "ytick.color": INK, "figure.facecolor": "none", "axes.facecolor": "none"}
-STYLE |= {"svg.fonttype": "none", "text.parse_math": False}  # text stays text, a dollar sign too
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
-STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.5, "grid.alpha": 0.15}
-STYLE |= {"lines.linewidth": 1.4, "lines.markeredgecolor": PAPER, "lines.markeredgewidth": 0.7, "font.size": 11.0}
+LISTED = 1_200_000  # bytes of questions and answers that a page holds at most,
+FULL = 2_600_000  # and bytes of these and the drawings together, but for a quarter of `LISTED`
+LOGGED = 40  # points of a line over logged steps; more are averaged
 
-
-@dataclass(frozen=True)
-class Method:
-    """All seeds' runs of one method; its number decides colour and shape (the base has -1 and neither)."""
-
-    number: int
-    name: str
-    runs: list[dict[str, Any]]
-    logs: list[list[dict[str, Any]]]  # of each run, the lines of metrics.jsonl
-
-
-@dataclass(frozen=True)
-class Column:
-    """One metric of one scored set, and how its changes are written."""
-
-    scored: str
-    role: str
-    metric: str
-    unit: str
-    digits: int
-    scale: int
-
-
-Estimates = dict[tuple[str, Column], Estimate]  # by method's name
+Log = list[dict[str, Any]]  # the lines of a metrics.jsonl
+Get = Callable[[dict[str, Any]], float | None]  # a number of a line, if it has it
 
 
 def write_report(
-    results: Sequence[dict[str, Any]],
-    path: Path,
-    title: str,
-    notes: Sequence[str] = (),
-    target_metrics: Sequence[str] = ("acc",),
+    summary: Summary, path: Path, title: str, notes: Sequence[str] = (), skipped: Mapping[str, str] = {}
 ) -> None:
     """Write a self-contained page that compares methods; equal input gives equal bytes.
 
     Args:
-        results: one for each method and seed, with scores and records, in the order of the table. The first of kind
-            "base" is what the others are compared with; without one, no changes are shown.
+        summary: what the page shows. Training is drawn from the metrics files in the runs' folders, where they are.
         path: of the HTML file.
         title: of the page.
         notes: plain sentences below the title, such as the command that made the page.
-        target_metrics: shown for each target set; the first is the learning that the plots show.
+        skipped: runs that could not be used, and why, by path.
 
     Raises:
-        DataError: where the results were not scored on the same sets and examples, or a metrics file is broken.
+        DataError: where a metrics file is broken.
     """
-    _check(results)
-    scores = results[0]["scores"]
-    columns = [_column(name, scores[name]["role"], metric) for name, metric in shown_metrics(scores, target_metrics)]
-    columns.sort(key=lambda column: column.role != "target")
-    base = next((Method(-1, r["method"], [r], []) for r in results if r["kind"] == "base"), None)
-    groups = grouped([result for result in results if result["kind"] != "base"]).items()
-    methods = [Method(i, name, runs, [_log(r.get("folder")) for r in runs]) for i, (name, runs) in enumerate(groups)]
-    estimates: Estimates = {}
-    if base is not None:
-        pairs = [(method, column) for method in methods for column in columns]
-        estimates = {(m.name, c): change_of(m.runs, base.runs[0], c.scored, c.metric) for m, c in pairs}
+    rows, labels = _rows(summary), dict.fromkeys(each.label for each in summary.matched)
+    by_point = {row.point: row for row in rows}
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the page must not depend on a matplotlibrc
-        matplotlib.rcParams.update(STYLE)
-        plots = {"fronts": _fronts(methods, columns, estimates), "loss": _loss(methods), "layers": _layers(methods)}
+        plots.start()
+        drawn = {"fronts": _fronts(summary), "curves": _curves(summary), "families": _families(summary)}
+        drawn |= _training(rows)
+    room = max(LISTED // 4, min(LISTED, FULL - len(str(drawn))))
     options: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     options |= {"trim_blocks": True, "lstrip_blocks": True, "loader": jinja2.FileSystemLoader(Path(__file__).parent)}
-    page = (
-        jinja2.Environment(**options)
-        .get_template("report.html.jinja")
-        .render(
-            title=title,
-            notes=list(notes),
-            base=base,
-            methods=methods,
-            columns=columns,
-            table=[_row(m, columns, estimates) for m in ([base] if base else []) + methods],
-            layer_rows=_layer_rows(methods),
-            answers=_answers(base, methods),
-            **plots,
-        )
+    environment = jinja2.Environment(**options)
+    environment.globals |= {"number": number_text, "span": span, "sure": sure, "digits_of": digits_of}
+    environment.globals |= {"score": _score, "p_text": p_text, "count": count_text, "is_non_inferior": is_non_inferior}
+    page = environment.get_template("report.html.jinja").render(
+        title=title,
+        notes=list(notes),
+        skipped=dict(skipped),
+        summary=summary,
+        rows=rows,
+        numbers=plots.numbers_of_methods(summary),
+        seeds=max((len(row.point.runs) for row in rows), default=1),
+        over=over_what({row.label: len(row.point.runs) for row in rows if row.place >= 0}) if summary.rows else "",
+        tried=" or ".join(map(str, sorted({n for n, row in zip(summary.rates, summary.rows, strict=False) if row.lr}))),
+        compared=[(by_point[point], found) for point, found in summary.compared() if found],
+        matched=[[m for m in summary.matched if m.label == label] for label in labels],
+        margin=MARGIN,
+        at_a_time=methods_at_a_time([run for row in rows for run in row.point.runs]),
+        chosen=_was_chosen(summary),
+        **drawn,
+        **_answers(summary, rows, room),
     )
     write_atomically(path, page.encode("utf-8", "replace"))  # half a surrogate pair in the data is no reason to fail
 
 
-# -- what there is to show --------------------------------------------------------------------------------------------
+# -- rows and cells of the tables -------------------------------------------------------------------------------------
 
 
-def _check(results: Sequence[dict[str, Any]]) -> None:
-    if not results:
-        raise DataError("there are no results to report; run `smf compare` first")
-    sets = list(results[0]["scores"])
-    for result in results:
-        if set(result["scores"]) != set(sets):
-            raise DataError(
-                f"{results[0]['method']!r} was scored on {sets}, {result['method']!r} on {list(result['scores'])}; "
-                "they cannot be in one report"
-            )
+@dataclass(frozen=True)
+class Row:
+    """A line of the tables.
+
+    Args:
+        place: among the summary's rows; -1: the base.
+        number: of the method, which its switch hides; -1: the base, which has none.
+        point: what the row is about.
+        label: its name.
+        seeds: how many, in words; empty for one.
+        choice: learning rate and moment, where there was a choice.
+        costs: what it took; None where a run does not say.
+        by_layer: how many distinct rows of each memory layer changed; empty without a memory.
+    """
+
+    place: int
+    number: int
+    point: Point
+    label: str
+    seeds: str
+    choice: list[str]
+    costs: list[float | None]
+    by_layer: dict[str, float]
 
 
-def _column(name: str, role: str, metric: str) -> Column:
-    return Column(name, role, metric, *(("nats per token", 3, 1) if metric in RATIOS else ("points", 1, 100)))
+def _rows(summary: Summary) -> list[Row]:
+    """The base, then every row of the summary."""
+    numbers = plots.numbers_of_methods(summary)
+    points = [] if summary.base is None else [(-1, summary.base)]
+    return [
+        Row(
+            place=place,
+            number=numbers[point.method] if place >= 0 else -1,
+            point=point,
+            label=label_of(summary, point),
+            seeds=f"{len(point.runs)} seeds" if len(point.runs) > 1 else "",
+            choice=_choice(summary, place, point),
+            costs=[mean_cost(point.runs, title) for title in COSTS],
+            by_layer=_by_layer(point),
+        )
+        for place, point in [*points, *enumerate(summary.rows)]
+    ]
 
 
-def _log(folder: str | None) -> list[dict[str, Any]]:
+def _was_chosen(summary: Summary) -> bool:
+    """Whether there was a choice of rates or moments, and a validation set to choose by."""
+    by_validation = any(VALIDATION in run["scores"] for row in summary.rows for run in row.runs)
+    return by_validation and len(summary.points) > len(summary.rows)
+
+
+def _choice(summary: Summary, place: int, point: Point) -> list[str]:
+    if place < 0 or not point.lr or not _was_chosen(summary):
+        return []
+    moment = [] if point.share == 1 else [f"at {point.share:.0%} of the steps"]
+    at_end = bool(summary.interior) and summary.interior[place] is False
+    return [f"lr {point.lr:g}", *moment, *(["at its grid’s end"] if at_end else [])]
+
+
+def _by_layer(point: Point) -> dict[str, float]:
+    runs = [run["rows_by_layer"] for run in point.runs if run.get("rows_by_layer")]
+    layers = sorted({layer for run in runs for layer in run}, key=_layer_order)
+    return {layer: sum(run.get(layer, 0) for run in runs) / len(runs) for layer in layers}
+
+
+def _layer_order(name: str) -> tuple[int, str]:
+    return len(name), name  # numbers, as text
+
+
+def _score(point: Point, column: Column) -> str:
+    """A score as the table shows it."""
+    if column.metric == "nats" and column.role != "divergence":
+        return number_text(point.mean(column.scored, "perplexity"), 2)
+    return number_text(column.scale * point.mean(column.scored, column.metric), column.digits)
+
+
+def span(e: Estimate, digits: int, scale: float = 1.0, sign: str = "+") -> str:
+    """The interval of an estimate."""
+    if math.isnan(e.low):
+        return "no interval"
+    return f"{number_text(scale * e.low, digits, sign)} to {number_text(scale * e.high, digits, sign)}"
+
+
+def sure(e: Estimate, null: float = 0.0, digits: int = 12, scale: float = 1.0) -> bool:
+    """Whether the interval leaves out "no change", and the value does not look like it with so many digits."""
+    return (e.low > null or e.high < null) and round(scale * e.value, digits) != null
+
+
+def p_text(value: float) -> str:
+    """A p-value."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+
+
+def count_text(value: float) -> str:
+    """A number of questions, on average over seeds."""
+    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.1f}"
+
+
+# -- questions and answers --------------------------------------------------------------------------------------------
+
+
+def _answers(summary: Summary, rows: Sequence[Row], room: int) -> dict[str, Any]:
+    """For the page's script, as JSON: which questions changed sides; `answers` is None where nothing can be compared.
+
+    Where all would take more than `room` bytes, `listed` is how many of each set's are there; None: all.
+    """
+    sets = [_changed(summary, name) for name in dict.fromkeys(name for counts in summary.flips for name in counts)]
+    if not sets:
+        return {"answers": None, "listed": None}
+    listed: int | None = None
+    while len(found := htmlsafe_json_dumps(_packed(rows, sets, listed))) > room and listed != 1:
+        listed = max(1, (listed or max(len(each["places"]) for each in sets)) * 4 // 5)
+    return {"answers": found, "listed": listed}
+
+
+def _changed(summary: Summary, name: str) -> dict[str, Any]:
+    """Of one set, the places of the questions that changed sides under any method, and by row and side where and how.
+
+    A side maps places to `[number of seeds, seed, said under that seed]`; what is said on the way is not kept.
+    """
+    assert summary.base is not None
+    scored = summary.base.runs[0]["scores"][name]
+    before, metric = scored["records"], find_task(scored["task"]).METRICS[0]
+    rows = []
+    for row in summary.rows:
+        sides: tuple[dict[int, list[Any]], ...] = ({}, {})
+        for run in row.runs:
+            records = run["scores"][name]["records"]
+            for side, places in zip(sides, flips(records, before, metric), strict=True):
+                for place in places:
+                    side.setdefault(place, [0, run.get("seed", 0), records[place].get("said")])[0] += 1
+        rows.append(sides)
+    places = sorted({place for sides in rows for side in sides for place in side})
+    return {"name": name, "role": scored["role"], "before": before, "places": places, "rows": rows}
+
+
+def _packed(rows: Sequence[Row], sets: Sequence[dict[str, Any]], listed: int | None) -> dict[str, Any]:
+    """Questions once, answers once: a question that changed sides is `[place of the question, seeds, seed, answer]`."""
+    texts: dict[str, int] = {}
+    packed = []
+    for each in sets:
+        number = {place: i for i, place in enumerate(each["places"][:listed])}
+        fields = [[each["before"][place].get(key) for key in ("id", "question", "right", "said")] for place in number]
+        flipped = [
+            [
+                [len(side), [_flip(number[place], side[place], texts) for place in sorted(side) if place in number]]
+                for side in sides
+            ]
+            for sides in each["rows"]
+        ]
+        questions = [["–" if text is None else str(text) for text in row] for row in fields]
+        packed.append({"name": each["name"], "role": each["role"], "of": len(each["before"])})
+        packed[-1] |= {"questions": questions, "rows": flipped}
+    labels = [[row.label, len(row.point.runs)] for row in rows if row.place >= 0]
+    return {"rows": labels, "sets": packed, "texts": list(texts)}
+
+
+def _flip(question: int, how: tuple[int, int, Any], texts: dict[str, int]) -> tuple[int, int, int, int]:
+    seeds, seed, said = how
+    return question, seeds, seed, -1 if said is None else texts.setdefault(str(said), len(texts))
+
+
+# -- plots ------------------------------------------------------------------------------------------------------------
+
+
+def _fronts(summary: Summary) -> dict[str, Any]:
+    """For each probe and over all, forgetting against learning of the first target set."""
+    measures = plots.drawn_measures(summary)
+    found: dict[str, Any] = {"plots": [], "target": measures[0].name if measures else "", "outside": 0}
+    if measures and measures[0].role == "gain":
+        for panel, loss in enumerate(measures[1:]):
+            clouds = plots.clouds(summary, measures[0], loss)
+            svg, outside = plots.draw_front(clouds, measures[0], loss, panel)
+            found["plots"].append((loss, svg))
+            found["outside"] = max(found["outside"], outside)
+    return found
+
+
+def _curves(summary: Summary) -> dict[str, list[Any]]:
+    """What was learned and forgotten over the steps and over the learning rates."""
+    kinds = {"steps": (plots.lines_over_steps, "step"), "rates": (plots.lines_over_rates, "learning rate")}
+    found: dict[str, list[Any]] = {}
+    for plot, (lines_of, xlabel) in kinds.items():
+        for panel, measure in enumerate(plots.drawn_measures(summary)):
+            if lines := lines_of(summary, measure):
+                svg = plots.draw_lines(lines, measure, plot, panel, xlabel)
+                found.setdefault(plot, []).append((measure, svg))
+    return found
+
+
+def _families(summary: Summary) -> dict[str, Any]:
+    """What was learned and forgotten over the rows of a step and over the layers, and which methods a line joins."""
+    kinds = {"rows": ("rows_per_step", "rows updated a step and layer"), "layers": ("layers", "layers")}
+    found: dict[str, Any] = {}
+    for plot, (key, xlabel) in kinds.items():
+        for panel, measure in enumerate(plots.drawn_measures(summary)):
+            if families := plots.families(summary, measure, key):
+                members = [[number for _, number, *_ in family.members] for family in families]
+                svg = plots.draw_families(families, measure, plot, panel, xlabel)
+                found.setdefault(plot, {"plots": [], "members": members})["plots"].append((measure, svg))
+    return found
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def _training(rows: Sequence[Row]) -> dict[str, Any]:
+    """Drawings of the loss and, for each memory layer, of what a step read and wrote."""
+    logs = {row.place: [_log(run.get("folder")) for run in row.point.runs] for row in rows if row.place >= 0}
+    loss = {"training loss, nats per token": lambda line: line.get("loss")}
+    found: dict[str, Any] = {"loss": _drawn(rows, logs, loss, "loss", 0, "Training loss over the steps"), "layers": []}
+    layers = {layer for each in logs.values() for log in each for line in log for layer in line.get("rows", {})}
+    for panel, layer in enumerate(sorted(layers, key=_layer_order)):
+        label = f"Rows of layer {layer} that a step read and wrote, and the share of hubs in both"
+        if svg := _drawn(rows, logs, _quantities(layer), "memory", panel, label):
+            found["layers"].append((layer, svg))
+    return found
+
+
+def _log(folder: str | None) -> Log:
     """The lines of a run's metrics file; none where there is no such file."""
     path = Path(folder or "") / "metrics.jsonl"
     if not folder or not path.is_file():
         return []
     lines = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             lines.append(json.loads(line))
         except ValueError as cause:
@@ -148,193 +318,47 @@ def _log(folder: str | None) -> list[dict[str, Any]]:
     return lines
 
 
-# -- tables and lists -------------------------------------------------------------------------------------------------
+def _quantities(layer: str) -> dict[str, Get]:
+    """Of a line of a metrics file, by title."""
 
+    def of(line: dict[str, Any], key: str) -> Any:
+        return line.get(key, {}).get(layer)
 
-def _row(method: Method, columns: Sequence[Column], estimates: Estimates) -> dict[str, Any]:
-    means = [mean_cost(method.runs, title) for title in COSTS]
+    def percent(part: float | None, whole: float | None) -> float | None:
+        return 100 * part / whole if part is not None and whole else None
+
     return {
-        "method": method,
-        "cells": [_cell(method, column, estimates.get((method.name, column))) for column in columns],
-        "costs": ["–" if mean is None else _number(mean, 0) for mean in means],
+        "rows read": lambda line: of(line, "rows_read"),
+        "rows written": lambda line: of(line, "rows"),
+        "reads on top rows, %": lambda line: percent(of(line, "hub_share"), 1),
+        "hubs written, %": lambda line: percent(of(line, "hubs_written"), of(line, "rows")),
     }
 
 
-def _cell(method: Method, column: Column, estimate: Estimate | None) -> dict[str, Any]:
-    if column.metric == "nats":
-        return {"value": _number(mean_score(method.runs, column.scored, "perplexity"), 2)} | _change(estimate, column)
-    value = column.scale * mean_score(method.runs, column.scored, column.metric)
-    return {"value": _number(value, column.digits)} | _change(estimate, column)
+def _drawn(
+    rows: Sequence[Row], logs: Mapping[int, Sequence[Log]], gets: Mapping[str, Get], plot: str, panel: int, label: str
+) -> Markup | None:
+    """The quantities that were logged, over the steps; None where none was."""
+    found: dict[str, list[Line]] = {}
+    for title, get in gets.items():
+        for row in rows:
+            x, y = averaged(logs.get(row.place, []), get)
+            if x:
+                found.setdefault(title, []).append(Line(row.number, row.label, x, y))
+    return plots.draw_logs(found, plot, panel, label) if found else None
 
 
-def _change(estimate: Estimate | None, column: Column) -> dict[str, Any]:
-    if estimate is None:
-        return {"change": None}
-    numbers = (estimate.value, estimate.low, estimate.high)
-    change, low, high = (_number(column.scale * number, column.digits, "+") for number in numbers)
-    sure = (estimate.low > 0 or estimate.high < 0) and change.strip("+−0.") != ""
-    return {"change": change, "low": low, "high": high, "sure": sure}
-
-
-def _number(value: float, digits: int, sign: str = "") -> str:
-    """With a real minus sign, zero without one, and short where a perplexity is astronomical."""
-    if not abs(value) < 1e9:
-        return f"{value:{sign if math.isfinite(value) else ''}.3g}"
-    text = f"{value:{sign},.{digits}f}"
-    return text.replace("-", "−") if text.strip("+-0.") else text.lstrip("+-")
-
-
-def _layer_names(methods: Sequence[Method]) -> list[str]:
-    logged = [line["rows"] for method in methods for log in method.logs for line in log if "rows" in line]
-    changed = [run.get("rows_by_layer") or {} for method in methods for run in method.runs]
-    names = {layer for layers in (*logged, *changed) for layer in layers}
-    return sorted(names, key=lambda name: (len(name), name))  # numbers, as text
-
-
-def _layer_rows(methods: Sequence[Method]) -> dict[str, Any]:
-    """Distinct rows changed by layer, of the methods that have rows."""
-    layers = _layer_names(methods)
-    rows = []
-    for method in methods:
-        per_run = [run["rows_by_layer"] for run in method.runs if run.get("rows_by_layer")]
-        if per_run:
-            counts = [sum(run.get(layer, 0) for run in per_run) / len(per_run) for layer in layers]
-            rows.append({"method": method, "counts": [_number(count, 0) for count in (*counts, sum(counts))]})
-    return {"layers": layers, "rows": rows}
-
-
-def _answers(base: Method | None, methods: Sequence[Method]) -> dict[str, Any] | None:
-    """For the page's script: which questions changed sides, by set and method; None where nothing can be compared.
-
-    A set's questions `[id, question, right, said before]` are listed once; a flip is `[place of the question, [[seed,
-    said after], ...]]`, with the seeds under which the question changed sides.
-    """
-    sets = []
-    for name, scored in base.runs[0]["scores"].items() if base and methods else ():
-        metric, before = find_task(scored["task"]).METRICS[0], scored["records"]
-        if metric in RATIOS:
-            continue
-        fields = [[record.get(key) for key in ("id", "question", "right", "said")] for record in before]
-        questions = [["–" if field is None else str(field) for field in row] for row in fields]
-        lists = [_flips(method, name, before, metric) for method in methods]
-        sets.append({"name": name, "role": scored["role"], "questions": questions, "lists": lists})
-    return {"methods": [[m.name, len(m.runs)] for m in methods], "sets": sets} if sets else None
-
-
-def _flips(method: Method, name: str, before: Sequence[dict[str, Any]], metric: str) -> dict[str, list[Any]]:
-    sides: dict[str, dict[int, list[Any]]] = {"learned": {}, "forgotten": {}}
-    for run in method.runs:
-        records = run["scores"][name]["records"]
-        for side, places in zip(sides.values(), flips(records, before, metric), strict=True):
-            for place in places:
-                side.setdefault(place, []).append([run.get("seed", 0), str(records[place].get("said", "–"))])
-    return {key: [[place, side[place]] for place in sorted(side)] for key, side in sides.items()}
-
-
-# -- plots ------------------------------------------------------------------------------------------------------------
-
-
-def _svg(figure: Figure, name: str, label: str, tips: dict[int, str]) -> Markup:
-    """The figure as inline SVG; what a method drew carries its number and the text that a pointer shows on it."""
-    matplotlib.rcParams["svg.hashsalt"] = name  # another one for each figure, so that ids are unique in the page
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[A-Za-z0-9.]+_\d+"', "<g", svg)  # figure_1, axes_1, ...: the same in every figure
-    svg = re.sub(rf"{TONE}0([0-9])", r"var(--tone-\1)", svg).replace(INK, "currentColor").replace(PAPER, "var(--paper)")
-    svg = re.sub(
-        r'(<g id="[a-z]+-\d+-(\d+)-[A-Za-z0-9-]*")>',
-        lambda match: f'{match[1]} data-method="{match[2]}"><title>{escape(tips[int(match[2])])}</title>',
-        svg,
-    )
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
-
-
-def _look(method: Method, plot: str, panel: int, part: int | str = "") -> dict[str, Any]:
-    """Colour and gid of a method's line; `_svg` reads the method's number from the gid."""
-    slug = re.sub("[^A-Za-z0-9]+", "-", f"{method.name}-{part}").strip("-")
-    return {"color": f"{TONE}{method.number % TONES:02}", "gid": f"{plot}-{panel}-{method.number}-{slug}"}
-
-
-def _fronts(methods: Sequence[Method], columns: Sequence[Column], estimates: Estimates) -> list[dict[str, Any]]:
-    """For each probe, forgetting against learning of the first target set."""
-    probes = [column for column in columns if column.role != "target"]
-    if not estimates or len(probes) == len(columns):
-        return []
-    figures = [_front(methods, columns[0], probe, estimates, panel) for panel, probe in enumerate(probes)]
-    return [{"probe": probe, "target": columns[0], "svg": svg} for probe, svg in zip(probes, figures, strict=True)]
-
-
-def _front(methods: Sequence[Method], target: Column, probe: Column, estimates: Estimates, panel: int) -> Markup:
-    figure = Figure(figsize=(5.2, 4))
-    axes = figure.add_subplot()
-    axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
-    axes.axvline(0, color=INK, linewidth=0.8, alpha=0.5)
-    axes.plot([0], [0], "o", color=PAPER, markeredgecolor=INK, markersize=6)
-    axes.annotate("base", (0, 0), (5, 4), textcoords="offset points", fontsize=10)
-    tips = {}
-    for m in methods:
-        x = _turned(estimates[m.name, target], target, 1)
-        y = _turned(estimates[m.name, probe], probe, -1)
-        axes.plot([x.low, x.high], [y.value] * 2, **_look(m, "front", panel, "x"))
-        axes.plot([x.value] * 2, [y.low, y.high], **_look(m, "front", panel, "y"))
-        axes.plot([x.value], [y.value], SHAPES[m.number % 7], markersize=10, zorder=3, **_look(m, "front", panel))
-        learned, forgot = _number(x.value, target.digits), _number(y.value, probe.digits)
-        tips[m.number] = f"{m.name}: learned {learned} {target.unit}, forgot {forgot} {probe.unit} of {probe.scored}"
-    axes.margins(0.1, 0.16)  # room for the arrow below the points
-    arrow = {"arrowstyle": "->", "color": INK, "linewidth": 0.9}
-    axes.annotate("better ", (0.99, 0.01), (0.93, 0.07), "axes fraction", ha="right", style="italic", arrowprops=arrow)
-    axes.set_xlabel(f"learned, {target.unit}")
-    axes.set_ylabel(f"forgotten, {probe.unit}")
-    label = f"Forgetting of {probe.scored} against learning of {target.scored}; the table has the numbers"
-    return _svg(figure, f"front-{panel}", label, tips)
-
-
-def _turned(estimate: Estimate, column: Column, sign: int) -> Estimate:
-    """In the column's unit; positive for what got better where the sign is 1, for what got worse where it is -1."""
-    factor = sign * column.scale * (-1 if column.metric in RATIOS else 1)
-    low, high = sorted((factor * estimate.low, factor * estimate.high))
-    return Estimate(factor * estimate.value, low, high)
-
-
-def _curves(axes: Axes, methods: Sequence[Method], plot: str, panel: int, key: str, layer: str | None = None) -> bool:
-    """A line over steps for each run, with a few markers, as colour alone must not tell the methods apart."""
-    for method in methods:
-        for part, log in enumerate(method.logs):
-            values = [line.get(key) if layer is None else line.get(key, {}).get(layer) for line in log]
-            points = [(line["step"], y) for line, y in zip(log, values, strict=True) if y is not None]
-            points = [point for point in points if math.isfinite(point[1])]
-            marks = (0.04 + 0.02 * (method.number % 6), 0.2)  # of the diagonal; each method begins elsewhere
-            shape, look = SHAPES[method.number % 7], _look(method, plot, panel, part)
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=shape, markersize=7.5, markevery=marks, **look)
-    return len(axes.lines) > 0
-
-
-def _loss(methods: Sequence[Method]) -> Markup | None:
-    """Training loss; None where nothing was logged."""
-    figure = Figure(figsize=(5.2, 3.8))
-    axes = figure.add_subplot(xlabel="step", ylabel="training loss, nats per token")
-    drawn = _curves(axes, methods, "loss", 0, "loss")
-    tips = {method.number: method.name for method in methods}
-    return _svg(figure, "loss", "Training loss over the steps", tips) if drawn else None
-
-
-def _layers(methods: Sequence[Method]) -> list[dict[str, Any]]:
-    """For each memory layer, the distinct rows that a step read and those that it wrote."""
-    panels = []
-    tips = {method.number: method.name for method in methods}
-    for panel, layer in enumerate(_layer_names(methods)):
-        figure = Figure(figsize=(5.2, 4.6))
-        drawn = False
-        for place, (key, title) in enumerate({"rows_read": "rows read", "rows": "rows written"}.items(), 1):
-            axes = figure.add_subplot(2, 1, place, xlabel="step" if place == 2 else "", ylabel=title)
-            drawn |= _curves(axes, methods, key.replace("_", ""), panel, key, layer)
-            axes.set_ylim(0, max(1, 1.1 * axes.dataLim.y1))
-            axes.tick_params(labelbottom=place == 2)
-        if drawn:
-            svg = _svg(figure, f"rows-{panel}", f"Rows of layer {layer} that a step read and wrote", tips)
-            panels.append({"layer": layer, "svg": svg})
-    return panels
+def averaged(logs: Sequence[Log], get: Get) -> tuple[list[float], list[float]]:
+    """Steps and values, averaged over seeds and, of more than `LOGGED` steps, over neighbours."""
+    by_step: dict[int, list[float]] = {}
+    for log in logs:
+        for line in log:
+            value = get(line)
+            if value is not None and math.isfinite(value):
+                by_step.setdefault(line["step"], []).append(value)
+    several = max(map(len, by_step.values()), default=0)
+    whole = sorted((step, sum(v) / len(v)) for step, v in by_step.items() if len(v) == several)
+    size = max(1, math.ceil(len(whole) / LOGGED))
+    blocks = [whole[start : start + size] for start in range(0, len(whole), size)]
+    x, y = ([sum(point[side] for point in block) / len(block) for block in blocks] for side in (0, 1))
+    return x, y

@@ -113,6 +113,12 @@ def count_reads(factors: list[Factors], kind: ReadsKind, device: torch.device) -
     return Reads(rows_R.long(), c_R, len(flat))
 
 
+def hub_share(c_R: Tensor, n_rows: int) -> float:
+    """Share of the reads that fall on hubs: the one percent of the table's rows that are read most."""
+    total = float(c_R.sum())
+    return float(c_R.topk(min(len(c_R), max(1, n_rows // 100))).values.sum()) / total if total else 0.0
+
+
 def select_rows(reads: Reads, scores_R: Tensor, t: int) -> Tensor:
     """The `t` best rows by score, ascending by id; ties go to the lower id, negative scores are eligible."""
     order_R = torch.sort(scores_R, descending=True, stable=True).indices  # stable: equal scores stay ascending by id

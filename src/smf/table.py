@@ -1,15 +1,22 @@
-"""One table of what was learned, what was forgotten and what it took: in the terminal and as Markdown."""
+"""A summary as text: tables in the terminal, Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import html
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .stats import RATIOS, Estimate, change
-from .tasks import find_task
+from .matched import Matched
+from .stats import RATIOS, Estimate
+from .study import Measure, Point, numbers_of, seed_of
+from .summary import MARGIN, Column, Summary, is_non_inferior
 
 # The last columns, what it took: keys of the result that are added up.
 COSTS = {
@@ -19,67 +26,45 @@ COSTS = {
     "peak MB": ("peak_memory_mb",),
 }
 TITLES = {"loss": "loss", "acc": "%", "answer_norm": "% by mean", "exact_match": "%", "f1": "F1 %", "nats": "ppl"}
+NOTHING = "n/a"
 
 
-def shown_metrics(scores: dict[str, Any], target_metrics: Sequence[str]) -> list[tuple[str, str]]:
-    """Which metric of which set a table shows: the recipe's of each target set, the first of each probe's task."""
-    pairs = []
-    for name, score in scores.items():
-        metrics = target_metrics if score["role"] == "target" else find_task(score["task"]).METRICS[:1]
-        pairs += [(name, metric) for metric in metrics]
-    return pairs
+# -- cells ------------------------------------------------------------------------------------------------------------
 
 
-def grouped(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Results by method, one of each seed."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        groups.setdefault(result["method"], []).append(result)
-    return groups
+def one_line(text: str) -> str:
+    """A name on one line, without characters that do not print; names come from recipes and files."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
-def mean_score(runs: Sequence[dict[str, Any]], name: str, metric: str) -> float:
-    """A score, averaged over seeds."""
-    return sum(run["scores"][name]["metrics"][metric] for run in runs) / len(runs)
+def title_of(column: Column) -> str:
+    """Of a column: the set and what is shown of it."""
+    return one_line(column.scored if column.role == "divergence" else f"{column.scored} {TITLES[column.metric]}")
 
 
-def change_of(runs: Sequence[dict[str, Any]], base: dict[str, Any], name: str, metric: str) -> Estimate:
-    """Its change against the base, with the interval."""
-    return change([run["scores"][name]["records"] for run in runs], base["scores"][name]["records"], metric)
+def score_text(point: Point, column: Column) -> str:
+    """A score as tables show it: shares in percent, nats per token of a text as perplexity."""
+    as_perplexity = column.metric == "nats" and column.role != "divergence"
+    value = point.mean(column.scored, "perplexity" if as_perplexity else column.metric)
+    if math.isnan(value):
+        return NOTHING
+    return f"{value:.3f}" if column.metric in RATIOS else f"{100 * value:.1f}"
 
 
-def rows_of(results: Sequence[dict[str, Any]], target_metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: every score and its change against the base with a 95 % interval, then what it took."""
-    base = next((result for result in results if result["kind"] == "base"), None)
-    pairs = shown_metrics(results[0]["scores"], target_metrics)
-    header = ["method", *[f"{name} {TITLES[metric]}" for name, metric in pairs], *COSTS]
-    rows = []
-    for method, runs in grouped(results).items():
-        cells = [method]
-        for name, metric in pairs:
-            value = score_text(mean_score(runs, name, metric), metric, runs, name)
-            if base is not None and runs[0]["kind"] != "base":
-                value += f"\n{change_text(change_of(runs, base, name, metric), metric)}"
-            cells.append(value)
-        costs = [mean_cost(runs, title) for title in COSTS]
-        rows.append([*cells, *("-" if cost is None else f"{cost:,.0f}" for cost in costs)])
-    return header, rows
+def estimate_text(
+    estimate: Estimate | None, digits: int, scale: float = 1.0, between: str = "\n", sign: str = "+"
+) -> str:
+    """A value and its interval."""
+    if estimate is None or math.isnan(estimate.value):
+        return NOTHING
+    values = (estimate.value, estimate.low, estimate.high)
+    value, low, high = (f"{round(scale * each, digits) + 0.0:{sign}.{digits}f}" for each in values)  # -0.0 is 0.0
+    return f"{value}{between}[{NOTHING}]" if math.isnan(estimate.low) else f"{value}{between}[{low}, {high}]"
 
 
-def score_text(value: float, metric: str, runs: Sequence[dict[str, Any]], name: str) -> str:
-    """A score as the table shows it: shares in percent, nats per token of a text as perplexity."""
-    if metric == "loss":
-        return f"{value:.3f}"
-    if metric == "nats":
-        return f"{mean_score(runs, name, 'perplexity'):.3f}"
-    return f"{100 * value:.1f}"
-
-
-def change_text(estimate: Estimate, metric: str) -> str:
-    """A change and its interval: points, or nats per token."""
-    if metric in RATIOS:
-        return f"{estimate.value:+.3f}\n[{estimate.low:+.3f}, {estimate.high:+.3f}]"
-    return f"{100 * estimate.value:+.1f}\n[{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+def digits_of(measure: Measure) -> int:
+    """Behind the point."""
+    return 3 if measure.unit == "nats per token" else 1
 
 
 def mean_cost(runs: Sequence[dict[str, Any]], title: str) -> float | None:
@@ -90,18 +75,140 @@ def mean_cost(runs: Sequence[dict[str, Any]], title: str) -> float | None:
     return sum(sum(filter(None, cost)) for cost in costs) / len(costs)
 
 
-def caption(results: Sequence[dict[str, Any]]) -> str:
-    """What the table's numbers mean."""
-    seeds = len({result["seed"] for result in results if result["kind"] != "base" and "seed" in result})
-    over = f"over {seeds} seeds and examples" if seeds > 1 else "over examples only (one seed)"
-    text = (
-        f"below each score: its change against the base, with the 95 % interval {over}; % in points, ppl and loss in "
-        "nats per token"
-    )
-    at_a_time = methods_at_a_time(results)
-    return (
-        f"{text}; seconds: of training, with {at_a_time} methods at a time on the machine" if at_a_time != "1" else text
-    )
+def label_of(summary: Summary, point: Point) -> str:
+    """The method's name, with the learning rate where one name stands for several rows."""
+    several = sum(other.method == point.method for other in summary.rows) > 1
+    return one_line(f"{point.method}, lr {point.lr:g}" if several else point.method)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+Cells = tuple[list[str], list[list[str]]]  # header and rows
+
+
+def scores_table(summary: Summary) -> Cells:
+    """Every score and its change against the base with a 95 % interval, then what it took."""
+    searched = any(interior is not None for interior in summary.interior)
+    header = ["method", *(["lr"] if searched else []), *map(title_of, summary.columns)]
+    header += ["overall forgotten %"] if summary.overall else []
+    rows = []
+    for number, point in _numbered(summary):
+        cells = [label_of(summary, point)]
+        if searched:
+            cells.append(_rate_text(summary, point, number))
+        for column in summary.columns:
+            text = score_text(point, column)
+            if (number, column) in summary.changes and column.role != "divergence":
+                text += "\n" + estimate_text(summary.changes[number, column], column.digits, column.scale)
+            elif (number, column) in summary.changes:
+                text = estimate_text(summary.changes[number, column], column.digits, sign="")
+            cells.append(text)
+        if summary.overall:
+            cells.append("" if number < 0 else estimate_text(summary.overall[number], 1, sign=""))
+        costs = [mean_cost(point.runs, title) for title in COSTS]
+        rows.append([*cells, *("-" if cost is None or math.isnan(cost) else f"{cost:,.0f}" for cost in costs)])
+    return [*header, *COSTS], rows
+
+
+def _numbered(summary: Summary) -> list[tuple[int, Point]]:
+    """The base, as number -1, and the rows."""
+    return [*([] if summary.base is None else [(-1, summary.base)]), *enumerate(summary.rows)]
+
+
+def _rate_text(summary: Summary, point: Point, number: int) -> str:
+    if number < 0:
+        return ""
+    at = "" if point.share == 1 else f"\nat {point.share:.0%} of the steps"
+    return f"{point.lr:g}{at}" + ("\nat its grid's end" if summary.interior[number] is False else "")
+
+
+def flips_table(summary: Summary) -> Cells:
+    """For each set of questions, how many were learned and forgotten: wrong to right / right to wrong."""
+    sets = list(dict.fromkeys(name for flips in summary.flips for name in flips))
+    rows = [
+        [label_of(summary, point), *(" / ".join(f"{count:g}" for count in flips[name]) for name in sets)]
+        for point, flips in zip(summary.rows, summary.flips, strict=True)
+    ]
+    return ["method", *map(one_line, sets)], rows
+
+
+def matched_tables(summary: Summary) -> dict[str, tuple[Cells, str]]:
+    """By gain, what each method forgets there and, in a second line, as a share of the reference's; with its note."""
+    tables = {}
+    for label in dict.fromkeys(each.label for each in summary.matched):
+        own = [each for each in summary.matched if each.label == label]
+        rows = [[one_line(name), *(_matched_text(each, name) for each in own)] for name in own[0].losses]
+        header = ["method", *(one_line(f"{each.measure.name}, {each.measure.unit}") for each in own)]
+        over = over_what({"": len(own[0].seeds)})
+        note = f"read off each method's points, linear between them, 95 % interval {over}; {NOTHING}: beyond them"
+        if summary.reference is not None:
+            note += f"; x: as a share of what {one_line(summary.reference.method)} forgets"
+        tables[one_line(f"Forgotten at the {label} ({own[0].gain:.3g})")] = ((header, rows), note)
+    return tables
+
+
+def _matched_text(each: Matched, name: str) -> str:
+    text = estimate_text(each.losses[name], digits_of(each.measure), between=" ", sign="")
+    if each.ratios.get(name) is None:
+        return text
+    return f"{text}\nx {estimate_text(each.ratios[name], 2, between=' ', sign='')}"
+
+
+def comparisons_table(summary: Summary) -> Cells:
+    """Every method minus the reference, with p by Holm over the whole table, and non-inferiority of the gain."""
+    measures = list(dict.fromkeys(each.measure for each in summary.comparisons))
+    header = ["method", *(one_line(f"{m.name}, {m.role}, {m.unit}") for m in measures)]
+    rows = []
+    for row, found in summary.compared():
+        cells = [label_of(summary, row)]
+        for each in found:
+            text = f"{estimate_text(each.estimate, digits_of(each.measure))}\np = {each.adjusted:.2g}"
+            text += " (McNemar)" if each.test == "McNemar" else ""
+            verdict = is_non_inferior(each)
+            cells.append(text + ("" if verdict is None else "\nnon-inferior" if verdict else "\nnot non-inferior"))
+        rows.append(cells)
+    return header, rows
+
+
+# -- what stands below them -------------------------------------------------------------------------------------------
+
+
+def over_what(seeds: Mapping[str, int]) -> str:
+    """What intervals are over, from the number of seeds by method."""
+    methods: dict[int, list[str]] = {}
+    for name, count in seeds.items():
+        methods.setdefault(count, []).append(name)
+    if len(methods) == 1:
+        count = next(iter(methods))
+        return f"over {count} seeds and examples" if count > 1 else "over examples only (one seed)"
+    parts = []
+    for count, names in sorted(methods.items(), reverse=True):
+        which = ", ".join(names) if len(names) < 5 else f"{len(names)} methods"
+        parts.append(f"{count} seeds: {which}" if count > 1 else f"one seed, so over examples only: {which}")
+    return f"over examples and seeds, whose number differs ({'; '.join(parts)})"
+
+
+def caption(summary: Summary) -> str:
+    """What the numbers of the first table mean."""
+    parts = []
+    if summary.base is None:
+        parts.append("the base is not among the runs, so that nothing is compared with it")
+    elif summary.rows:
+        over = over_what({label_of(summary, row): len(row.runs) for row in summary.rows})
+        parts.append(f"below each score: its change against the base, with the 95 % interval {over}")
+        parts.append("% in points, ppl and loss in nats per token")
+    else:
+        parts.append("scores of the base alone")
+    if any(column.role == "divergence" for column in summary.columns):
+        parts.append("KL: divergence from the base in nats per token")
+    if any(interior is not None for interior in summary.interior):
+        tried = sorted({count for count, row in zip(summary.rates, summary.rows, strict=True) if row.lr})
+        parts.append(f"lr: the best by validation score of {' or '.join(map(str, tried))} that were tried")
+    points = [point for point in (summary.base, *summary.rows) if point is not None]
+    at_a_time = methods_at_a_time([run for point in points for run in point.runs])
+    if at_a_time != "1":
+        parts.append(f"seconds: of training, with {at_a_time} methods at a time on the machine")
+    return "; ".join(parts)
 
 
 def methods_at_a_time(results: Sequence[dict[str, Any]]) -> str:
@@ -110,28 +217,132 @@ def methods_at_a_time(results: Sequence[dict[str, Any]]) -> str:
     return " or ".join(map(str, sorted(jobs)))
 
 
-def print_table(results: Sequence[dict[str, Any]], title: str, target_metrics: Sequence[str]) -> None:
-    """The table, in the terminal."""
-    header, rows = rows_of(results, target_metrics)
-    console = Console()
+def comparisons_note(summary: Summary) -> str:
+    """What the numbers of `comparisons_table` mean."""
+    compared = summary.compared()
+    over = over_what({label_of(summary, row): found[0].seeds for row, found in compared})
+    note = f"difference, its 95 % interval {over} and p, by Holm over this table; "
+    note += f"non-inferior: sure to gain at most {MARGIN} points less"
+    left_out = [row for row in summary.rows if row not in (summary.reference, *(row for row, _ in compared))]
+    if left_out:
+        note += f"; no seed in common: {', '.join(label_of(summary, row) for row in left_out)}"
+    return note
+
+
+def all_tables(summary: Summary) -> dict[str, tuple[Cells, str]]:
+    """Every table that has something to say, by title, with what stands below it."""
+    tables: dict[str, tuple[Cells, str]] = {"": (scores_table(summary), caption(summary))}
+    if any(summary.flips):
+        note = "questions that went from wrong to right / from right to wrong, on average over the seeds"
+        tables["Learned and forgotten"] = (flips_table(summary), note)
+    tables |= matched_tables(summary)
+    if summary.comparisons and summary.reference is not None:
+        title = f"Against {label_of(summary, summary.reference)}"
+        tables[title] = (comparisons_table(summary), comparisons_note(summary))
+    return tables
+
+
+# -- where they go ----------------------------------------------------------------------------------------------------
+
+
+def print_tables(summary: Summary, title: str) -> None:
+    """All tables, in the terminal; names are shown as they are, whatever markup they look like."""
+    plain: Any = {"markup": False, "emoji": False}
+    console = Console(**plain)
     if not console.is_terminal:  # a file or a pipe has no width
-        console = Console(width=200)
-    costs = len(header) - len(COSTS)
-    parts = [list(range(len(header)))]
-    if console.width < 22 * costs:  # what it took, in a table of its own
-        parts = [list(range(costs)), [0, *range(costs, len(header))]]
-    for part in parts:
-        last = part is parts[-1]
-        table = Table(title=title if part is parts[0] else None, caption=caption(results) if last else None)
-        for number in part:
-            table.add_column(header[number], justify="left" if number == 0 else "right", no_wrap=number == 0)
-        for row in rows:
-            table.add_row(*(row[number] for number in part))
-        console.print(table)
+        console = Console(width=200, **plain)
+    for name, ((header, rows), note) in all_tables(summary).items():
+        costs = len(header) - len(COSTS) if header[-len(COSTS) :] == list(COSTS) else len(header)
+        parts = [list(range(len(header)))]
+        if costs < len(header) and console.width < 22 * costs:  # what it took, in a table of its own
+            parts = [list(range(costs)), [0, *range(costs, len(header))]]
+        for part in parts:
+            above, below = name or one_line(title) if part is parts[0] else None, note if part is parts[-1] else None
+            table = Table(title=above, caption=below)
+            for number in part:
+                table.add_column(header[number], justify="left" if number == 0 else "right", no_wrap=number == 0)
+            for row in rows:
+                table.add_row(*(row[number] for number in part))
+            console.print(table)
 
 
-def markdown_table(results: Sequence[dict[str, Any]], target_metrics: Sequence[str]) -> str:
-    """The table, as Markdown."""
-    header, rows = rows_of(results, target_metrics)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("\n", "<br>") for line in lines) + f"\n\n{caption(results)}.\n"
+def markdown(summary: Summary) -> str:
+    """All tables, as Markdown."""
+    texts = []
+    for title, ((header, rows), note) in all_tables(summary).items():
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        table = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+        texts.append(f"{f'## {_escaped(title)}{chr(10) * 2}' if title else ''}{table}\n\n{_escaped(note)}.\n")
+    return "\n".join(texts)
+
+
+def _escaped(text: str) -> str:
+    """For Markdown: no HTML, no column of its own, no emphasis; underscores within words are none."""
+    text = re.sub(r"[\\`*]|\b_|_\b", r"\\\g<0>", html.escape(text, quote=False))
+    return text.replace("|", "&#124;").replace("\n", "<br>")
+
+
+def as_csv(summary: Summary) -> str:
+    """One line for each method and score: value, change, interval and p, unrounded and in the scores' own units."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    names = ["method", "lr", "share", "seeds", "set", "role", "metric", "score", "change", "low", "high", "p"]
+    writer.writerow(names)
+    for number, point in _numbered(summary):
+        for column in summary.columns:
+            found = summary.changes.get((number, column))
+            numbers = ["", "", "", ""] if found is None else [found.value, found.low, found.high, found.p]
+            what = [one_line(column.scored), column.role, column.metric, point.mean(column.scored, column.metric)]
+            writer.writerow([one_line(point.method), point.lr, point.share, len(point.runs), *what, *numbers])
+    return buffer.getvalue()
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """Everything, without the per-example records: the rows of the tables, and every point of every method.
+
+    What is no finite number is None, as JSON has no other word for it.
+    """
+    methods = []
+    for number, point in enumerate(summary.rows):
+        changes = {f"{c.scored} {c.metric}": vars(e) for (place, c), e in summary.changes.items() if place == number}
+        row: dict[str, Any] = {"changes": changes, "interior": summary.interior[number], "rates": summary.rates[number]}
+        row["overall"] = vars(summary.overall[number]) if summary.overall else None
+        row["flips"] = summary.flips[number] if summary.flips else {}
+        methods.append(_point_json(point) | row | {"runs": [_run_json(run) for run in point.runs]})
+    return _strict(
+        {
+            "base": None if summary.base is None else _point_json(summary.base),
+            "methods": methods,
+            "points": [_point_json(point) for point in summary.points],
+            "matched": [vars(m) | {"measure": m.measure.name, "unit": m.measure.unit} for m in summary.matched],
+            "reference": summary.reference and summary.reference.method,
+            "comparisons": [
+                vars(c) | {"lr": row.lr, "measure": c.measure.name, "unit": c.measure.unit}
+                for row, found in summary.compared()
+                for c in found
+            ],
+        }
+    )
+
+
+def _strict(value: Any) -> Any:
+    """Plain JSON, without NaN and infinity."""
+    if isinstance(value, Estimate):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _point_json(point: Point) -> dict[str, Any]:
+    first = point.runs[0]
+    keys = {"method": point.method, "kind": first["kind"], "lr": point.lr, "share": point.share}
+    keys |= {"steps": first.get("steps"), "options": first.get("options", {})}
+    return keys | {"scores_by_seed": {str(seed_of(run)): numbers_of(run["scores"]) for run in point.runs}}
+
+
+def _run_json(run: dict[str, Any]) -> dict[str, Any]:
+    left_out = ("scores", "on_the_way", "folder", "options")
+    return {key: value for key, value in run.items() if key not in left_out}

@@ -7,21 +7,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .compare import compare, read_result, result_path
-from .errors import ConfigError, DataError, TrainingError
-from .prepare import load_scored
-from .recipe import Recipe, Source
-from .stats import RATIOS
+from .compare import check_names, result_path, run_missing
+from .errors import ConfigError, TrainingError
+from .recipe import Recipe
+from .runs import read_result
+from .study import best_stage, numbers_of, signed
 
-VALIDATION = "validation"  # name of the scored set
+UNTUNED = ("base", "healed")  # kinds without a learning rate of their own
 
 
 def tune(recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: float = 2.0) -> dict[str, Any]:
     """Train every method at several learning rates and choose the best by the validation set's first target metric.
 
-    A grid whose best point lies at its end grows in that direction, a point at a time and to twice its size at most,
-    until it is interior; then its method was tried more often than the others, which the result shows. Tuned again
-    with the best rates in the recipe, all grids have one size. Runs are kept: a killed tuning goes on.
+    Of a run that is scored on the way (`train.score_at`), its best moment counts, for every method alike. A grid whose
+    best point lies at its end grows in that direction, a point at a time and to twice its size at most, until it is
+    interior; then its method was tried more often than the others, which the result shows. Tuned again with the best
+    rates in the recipe, all grids have one size. The runs are those of `compare`, in the same folder: they are kept, a
+    killed tuning goes on, and comparing the tuned recipe does none of them again.
 
     Args:
         recipe: its methods' learning rates are the middles of the grids.
@@ -36,75 +38,63 @@ def tune(recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: floa
         raise ConfigError("the recipe has no [target.validation] table, by which learning rates could be chosen")
     if points < 3 or points % 2 == 0 or not factor > 1:
         raise ConfigError(f"points = {points}, factor = {factor}; expected an odd number from 3 and a factor above 1")
-    if VALIDATION in recipe.probes:
-        raise ConfigError(f"tuning scores a set of the name {VALIDATION!r}; give the probe of that name another one")
-    unknown = [name for name in only if name not in recipe.methods]
-    if unknown:
-        raise ConfigError(f"the recipe has no [methods.{unknown[0]}]; its methods: {sorted(recipe.methods)}")
-    _check_apart(recipe, recipe.target.validation)
-    recipe = replace(recipe, target=replace(recipe.target, eval={VALIDATION: recipe.target.validation}))
-    names = [name for name, m in recipe.methods.items() if m.kind != "base" and (not only or name in only)]
-    tuned = {name: _tune_method(recipe, name, points, factor) for name in names}
-    return {"metric": recipe.target.metrics[0], "points": points, "factor": factor, "methods": tuned}
-
-
-def _check_apart(recipe: Recipe, validation: Source) -> None:
-    """Refuse validation rows that are scored as well."""
-    both = replace(recipe, target=replace(recipe.target, eval=recipe.target.eval | {VALIDATION: validation}), probes={})
-    sets = load_scored(both)[1]
-    ids = {item["id"] for item in sets.pop(VALIDATION).items}
-    shared = ids & {item["id"] for scored in sets.values() for item in scored.items}
-    if shared:
-        raise DataError(f"{len(shared)} validation rows are in target.eval too, such as id {min(shared)!r}")
-
-
-def _tune_method(recipe: Recipe, name: str, points: int, factor: float) -> dict[str, Any]:
-    middle = points // 2
-    exponents = list(range(-middle, middle + 1))
+    check_names(recipe, only)
+    untuned = [(recipe, name) for name, method in recipe.methods.items() if method.kind in UNTUNED]
+    names = [name for name, m in recipe.methods.items() if m.kind not in UNTUNED and (not only or name in only)]
+    exponents = {name: list(range(-(points // 2), points // 2 + 1)) for name in names}
     while True:
-        grid = _run_grid(recipe, name, exponents, factor)
-        best = _best(grid, recipe.target.metrics[0])
-        interior = 0 < best < len(grid) - 1
-        if interior or len(exponents) >= 2 * points:
-            return {"best": grid[best]["lr"], "interior": interior, "grid": grid}
-        exponents = [exponents[0] - 1, *exponents] if best == 0 else [*exponents, exponents[-1] + 1]
+        rates = {name: [_rate(recipe, name, factor**e) for e in grid] for name, grid in exponents.items()}
+        runs = [(at_rate(recipe, name, rate), name) for name in names for rate in rates[name]]
+        run_missing(recipe, [*untuned, *runs])  # says which failed; a rate at which training diverges is a bad one
+        tuned = {name: _grid(recipe, name, rates[name]) for name in names}
+        growing = [name for name in names if not tuned[name]["interior"] and len(exponents[name]) < 2 * points]
+        if not growing:
+            return {"metric": recipe.target.metrics[0], "points": points, "factor": factor, "methods": tuned}
+        for name in growing:
+            grid, low = exponents[name], tuned[name]["best"] == rates[name][0]
+            exponents[name] = [grid[0] - 1, *grid] if low else [*grid, grid[-1] + 1]
 
 
-def _run_grid(recipe: Recipe, name: str, exponents: Sequence[int], factor: float) -> list[dict[str, Any]]:
-    """One entry a learning rate, ascending: the rate, the validation score, and all scores without their records.
+def at_rate(recipe: Recipe, name: str, rate: float) -> Recipe:
+    """The recipe with another learning rate of one method."""
+    return replace(recipe, methods=recipe.methods | {name: replace(recipe.methods[name], lr=rate)})
 
-    A rate whose run failed has the score None.
-    """
-    rates = [float(f"{recipe.methods[name].lr * factor**exponent:.6g}") for exponent in exponents]
-    base = {other: method for other, method in recipe.methods.items() if method.kind == "base"}
-    grid = {f"{name} at {rate:g}": replace(recipe.methods[name], lr=rate) for rate in rates}
-    recipe = replace(recipe, methods=base | grid)
-    try:
-        compare(recipe)
-    except TrainingError:  # printed; a rate so large that training diverges is a bad one, not the end of tuning
-        if not any(result_path(recipe, title).is_file() for title in grid):
-            raise
-    entries: list[dict[str, Any]] = []
-    for rate, title in zip(rates, grid, strict=True):
-        path = result_path(recipe, title)
-        entries.append({"lr": rate, "score": None} | (_point(recipe, read_result(path)) if path.is_file() else {}))
-    return entries
+
+def tuned_recipe(recipe: Recipe, tuned: dict[str, Any]) -> Recipe:
+    """The recipe with the learning rates that `tune` chose."""
+    for name, entry in tuned["methods"].items():
+        recipe = at_rate(recipe, name, entry["best"])
+    return recipe
+
+
+def _rate(recipe: Recipe, name: str, factor: float) -> float:
+    return float(f"{recipe.methods[name].lr * factor:.6g}")
+
+
+def _grid(recipe: Recipe, name: str, rates: Sequence[float]) -> dict[str, Any]:
+    """The best rate, whether it is interior, and an entry for each rate; one whose run failed has the score None."""
+    grid: list[dict[str, Any]] = []
+    for rate in rates:
+        path = result_path(at_rate(recipe, name, rate), name)
+        grid.append({"lr": rate, "score": None} | (_point(recipe, read_result(path)) if path.is_file() else {}))
+    metric = recipe.target.metrics[0]
+    scores = [-math.inf if point["score"] is None else signed(point["score"], metric) for point in grid]
+    best = scores.index(max(scores))
+    if grid[best]["score"] is None:
+        raise TrainingError(f"{name}: no run finished, at none of the learning rates {list(rates)}; see above why")
+    return {"best": rates[best], "interior": 0 < best < len(grid) - 1, "grid": grid}
 
 
 def _point(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
+    metric = recipe.target.metrics[0]
+    stage = best_stage(result, metric)
     return {
-        "score": result["scores"][VALIDATION]["metrics"][recipe.target.metrics[0]],
-        "scores": {name: score["metrics"] for name, score in result["scores"].items()},
+        "score": stage.validation(metric),
+        "share": stage.share,
+        "scores": numbers_of(stage.scores),
         "rows_changed": result["rows_changed"],
         "seconds": result["seconds"],
     }
-
-
-def _best(grid: Sequence[dict[str, Any]], metric: str) -> int:
-    """Index of the best score (of losses the smallest); of equal ones, the smallest rate."""
-    sign = -1 if metric in RATIOS else 1
-    scores = [-math.inf if entry["score"] is None else sign * entry["score"] for entry in grid]
-    return scores.index(max(scores))
 
 
 def tuning_table(tuned: dict[str, Any]) -> str:

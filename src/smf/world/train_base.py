@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments, set_s
 from ..errors import ConfigError
 from ..files import write_json
 from ..fingerprint import json_hash
-from ..train import RunTrainer, newest_complete
+from ..loop import RunTrainer, newest_complete
 from .text import pretraining_text
 from .tokenizer import make_tokenizer
 

@@ -1,0 +1,202 @@
+"""The training loop that all methods share: Hugging Face's Trainer, resumable, with our loss, metrics and scores."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from .data import Collator, Example, pad_id
+from .errors import ConfigError
+from .evaluate import token_loss
+from .files import write_atomically, write_json
+from .methods import Prepared
+from .optimizer import SparseMemoryOptimizer
+from .recipe import Recipe
+
+COMPLETE = "smf_complete.json"  # written into a checkpoint after everything else: what has it can be resumed from
+
+
+def mean_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy summed over labels and divided by the labels of the whole step, over all its micro-batches."""
+    count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return token_loss(outputs.logits, labels).sum() / count
+
+
+class ScoreOnTheWay(TrainerCallback):
+    """Scores the model after some steps, into a file for each, so that a resumed run scores nothing twice."""
+
+    def __init__(self, files: dict[int, Path], score: Callable[[], dict[str, Any]]):
+        self.files, self.score = files, score
+        self.seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Score, where this is one of the steps; the random numbers of training stay as they are."""
+        file = self.files.get(state.global_step)
+        if file is None or file.is_file() or not state.is_world_process_zero:
+            return
+        started = time.perf_counter()
+        with torch.random.fork_rng():
+            write_json(file, self.score())
+        self.seconds += time.perf_counter() - started
+
+
+class RunTrainer(Trainer):
+    """Trainer that marks a checkpoint as complete once everything is in it, with the seconds it took to get there."""
+
+    on_the_way = ScoreOnTheWay({}, dict)
+    seconds_before = 0.0  # of killed processes
+    started = 0.0
+
+    def seconds(self) -> float:
+        """Spent on training so far, without scoring and without what killed processes lost."""
+        return self.seconds_before + time.perf_counter() - self.started - self.on_the_way.seconds
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+            write_json(folder / COMPLETE, {"step": self.state.global_step, "seconds": self.seconds()})
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes (torchrun starts several)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def newest_complete(folder: Path, *, tidy: bool) -> Path | None:
+    """The newest complete checkpoint; half-written ones, as a crash leaves them, are removed with `tidy`."""
+    complete = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / COMPLETE).is_file():
+            complete.append(checkpoint)
+        elif tidy:
+            print(f"smf: {checkpoint} was not written to its end; set aside", file=sys.stderr)
+            shutil.rmtree(checkpoint)
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut off by a crash
+        return math.inf
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what Trainer logs to metrics.jsonl, with the row optimizer's own norm, counts and hubs."""
+
+    def __init__(self, path: Path, optimizer: torch.optim.Optimizer | None, resumed_at: int):
+        self.path, self.optimizer = path, optimizer
+        self.hubs: dict[int, Tensor] = {}  # of general text
+        if isinstance(optimizer, SparseMemoryOptimizer) and optimizer.background is not None:
+            layers = optimizer.memories.items()
+            self.hubs = {layer: optimizer.background.hubs(layer, memory.shape.n_rows) for layer, memory in layers}
+        lines = path.read_text().splitlines() if path.is_file() and resumed_at else []
+        kept = [line for line in lines if _step(line) <= resumed_at]
+        if is_main():
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """One line a log of a step."""
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+            return
+        line = {"step": state.global_step} | {k: logs[k] for k in ("loss", "learning_rate", "grad_norm") if k in logs}
+        if isinstance(self.optimizer, SparseMemoryOptimizer) and (report := self.optimizer.last_step) is not None:
+            line["grad_norm"] = logs["grad_norm"] = report.grad_norm
+            line["rows"] = {layer: len(rows) for layer, rows in report.rows.items()}
+            line |= {"rows_read": report.rows_read, "reads": report.reads, "hub_share": report.hub_share}
+            line["hubs_written"] = {
+                n: int(torch.isin(report.rows[n].cpu(), hubs).sum()) for n, hubs in self.hubs.items()
+            }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def fit(
+    prepared: Prepared,
+    examples: list[Example],
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: Any,
+    *,
+    steps: int,
+    loss: str,
+    name: str,
+    on_the_way: ScoreOnTheWay | None = None,
+) -> float:
+    """Train for `steps` steps, resuming where a killed run stopped; returns the seconds it took, killed ones included.
+
+    Args:
+        prepared: model and optimizer.
+        examples: to learn from, in this order, `batch_size` a step.
+        recipe: for the shared options.
+        folder: for checkpoints and metrics.
+        tokenizer: for the padding token.
+        steps: optimizer steps.
+        loss: "answer" or "full".
+        name: shown beside the progress.
+        on_the_way: scores before the end.
+    """
+    options = recipe.train
+    per_step = options.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    if options.batch_size % per_step:
+        raise ConfigError(
+            f"batch_size = {options.batch_size} is not a multiple of micro_batch_size x ranks = {per_step}"
+        )
+    checkpoint = newest_complete(folder / "checkpoints", tidy=is_main())
+    if checkpoint is not None:
+        print(f"smf: {name}: resuming from {checkpoint}", file=sys.stderr)
+    done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=options.micro_batch_size,
+        gradient_accumulation_steps=options.batch_size // per_step,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup_steps,
+        max_grad_norm=prepared.max_grad_norm,
+        logging_steps=max(1, min(10, steps // 20)),
+        save_strategy="steps",
+        save_steps=options.save_every,
+        save_total_limit=2,  # while one is being written, the one before is whole
+        seed=recipe.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = RunTrainer(
+        model=prepared.model,
+        args=arguments,
+        train_dataset=examples,  # type: ignore[arg-type]
+        data_collator=Collator(pad_id(tokenizer), loss),
+        compute_loss_func=mean_token_loss,
+        optimizers=(prepared.optimizer, None),
+        callbacks=[MetricsFile(folder / "metrics.jsonl", prepared.optimizer, done)],
+    )
+    if on_the_way is not None:
+        trainer.on_the_way = on_the_way
+        trainer.add_callback(on_the_way)
+    if checkpoint is not None:
+        trainer.seconds_before = json.loads((checkpoint / COMPLETE).read_text())["seconds"]
+    trainer.started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.seconds()
+
+
+def steps_of(steps: int, epochs: float, examples: int, batch_size: int) -> int:
+    """Optimizer steps: as given, or those of `epochs` passes."""
+    return steps or max(1, math.ceil(epochs * examples / batch_size))

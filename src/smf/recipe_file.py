@@ -1,0 +1,211 @@
+"""Reading and writing recipes as TOML; every key is checked, and refused by name, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import json
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError
+from .recipe import Method, Recipe
+
+SHIPPED = Path(__file__).parent / "recipes"
+KINDS = ("base", "smf", "healed", "dense-addon", "lora", "oft", "osf", "shira", "full")  # of methods
+SHORT = {"rows_per_step": "t", "layers": "layers", "n_keys": "keys"}  # in the names of methods made by axes
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file at `path`, or the shipped recipe of that file name."""
+    candidates = [Path(path)]
+    if Path(path).parent in (Path(), Path("recipes")):  # a mistyped folder must not find another file of that name
+        candidates += [SHIPPED / Path(path).name, (SHIPPED / Path(path).name).with_suffix(".toml")]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    names = sorted(p.name for p in SHIPPED.glob("*.toml"))
+    raise ConfigError(f"no recipe at {path}, and none of that name is shipped; shipped recipes: {names}")
+
+
+def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+    """Read and check a recipe; `overrides` replace its keys where they are not None.
+
+    Raises:
+        ConfigError: for a file that is not TOML, an unknown key (with the nearest name), or a value that cannot be.
+    """
+    file = find_recipe(path)
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not TOML: {error}") from error
+    table |= {key: value for key, value in overrides.items() if value is not None}
+    methods = table.get("methods")
+    if isinstance(methods, dict):
+        table["methods"] = {n: m for name, method in methods.items() for n, m in _expanded(name, method, file.name)}
+    recipe = _build(Recipe, table, file.name)
+    _check(recipe, file.name)
+    return recipe
+
+
+def _expanded(name: str, method: Any, where: str) -> list[tuple[str, Any]]:
+    """The methods that one table of a recipe stands for: of its axes every combination, each named for its values."""
+    axes = method.get("axes") if isinstance(method, dict) else None
+    if not axes:
+        return [(name, method)]
+    where = f"{where}: methods.{name}.axes"
+    keys = [field.name for field in dataclasses.fields(Method) if field.name not in ("axes", "kind", "lr")]
+    for key, values in axes.items() if isinstance(axes, dict) else [("axes", axes)]:
+        if key not in keys or not isinstance(values, list) or not values:
+            raise ConfigError(f"{where}: {key} = {values!r}; expected lists of values for keys of {keys}")
+    plain = {key: value for key, value in method.items() if key != "axes"}
+    expanded = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        expanded.append(("-".join([name, *(_labelled(*item) for item in chosen.items())]), plain | chosen))
+    return expanded
+
+
+def _labelled(key: str, value: Any) -> str:
+    text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{SHORT.get(key, key)}={text}"
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML, every key written out; `load_recipe` reads it back equal."""
+    lines: list[str] = []
+    _write_table(dataclasses.asdict(recipe), [], lines)
+    return "\n".join(lines) + "\n"
+
+
+def _write_table(table: dict[str, Any], path: list[str], lines: list[str]) -> None:
+    if path:
+        lines += ["", f"[{'.'.join(path)}]"]
+    lines += [f"{k} = {_value(v)}" for k, v in table.items() if v is not None and not isinstance(v, dict)]
+    for key, value in table.items():
+        if isinstance(value, dict):
+            _write_table(value, [*path, _key(key)], lines)
+
+
+def _key(key: str) -> str:
+    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else _value(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):  # a TOML basic string: JSON's escapes are a subset of its own, but for \u007f
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    return repr(value)
+
+
+def _build(cls: type, table: Any, where: str) -> Any:
+    """A dataclass from a TOML table; unknown keys and wrong types are refused by name."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where} must be a table; got {table!r}")
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{where}: unknown key {key!r}; did you mean {near!r}? Keys: {', '.join(hints)}")
+    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in table.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # X | None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where} = {value!r}; expected one of {list(arguments)}")
+        return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} must be a table; got {value!r}")
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} must be a list; got {value!r}")
+        return [_convert(arguments[0], item, where) for item in value]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{where} = {value!r}; expected {hint.__name__}, got {type(value).__name__}")
+    return value
+
+
+AT_LEAST_ONE = {
+    "batch_size",
+    "micro_batch_size",
+    "max_length",
+    "save_every",
+    "jobs",
+    "eval_batch_size",
+    "rows_per_step",
+    "r",
+}
+
+
+def _check_numbers(table: dict[str, Any], where: str) -> None:
+    """Every number of a recipe is finite and not negative (but for layer indices, which the model checks)."""
+    for key, value in table.items():
+        if isinstance(value, dict) and key != "options":
+            _check_numbers(value, f"{where}: {key}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            least = 1 if key in AT_LEAST_ONE else 0
+            if not least <= value < float("inf"):
+                raise ConfigError(f"{where}: {key} = {value}; expected a finite number of at least {least}")
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    train = recipe.train
+    _check_numbers(dataclasses.asdict(recipe), where)
+    if train.batch_size % train.micro_batch_size:
+        raise ConfigError(
+            f"{where}: batch_size = {train.batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}"
+        )
+    both = set(recipe.target.eval) & set(recipe.probes)
+    if both:
+        raise ConfigError(f"{where}: {sorted(both)[0]!r} names a set of target.eval and a probe; give them two names")
+    if recipe.target.validation is not None and "validation" in {*recipe.target.eval, *recipe.probes}:
+        raise ConfigError(
+            f"{where}: 'validation' is the name of the set of [target.validation]; give the other one another"
+        )
+    if not recipe.methods:
+        raise ConfigError(f"{where}: no [methods.NAME] table, so there is nothing to compare")
+    if any(share < 0 for share in recipe.parts.values()) or sum(recipe.parts.values()) > 1 + 1e-9:
+        raise ConfigError(f"{where}: [parts] must be shares that add up to 1 at most; got {recipe.parts}")
+    if any(not 0 < share < 1 for share in train.score_at):
+        raise ConfigError(f"{where}: score_at = {train.score_at}; expected shares between 0 and 1 (the end is scored)")
+    for name, method in recipe.methods.items():
+        _check_method(recipe, method, f"{where}: [methods.{name}]")
+
+
+def _check_method(recipe: Recipe, method: Method, where: str) -> None:
+    module, _, function = method.kind.partition(":")
+    if method.kind not in KINDS and not (module and function):
+        raise ConfigError(
+            f'{where} kind = {method.kind!r}; expected one of {list(KINDS)}, or your own function: "module:function"'
+        )
+    if method.kind not in ("base", "healed") and method.lr <= 0:
+        raise ConfigError(f"{where} lr = {method.lr}; expected a number above 0")
+    if (method.heal or method.kind == "healed") and recipe.heal is None:
+        raise ConfigError(f"{where} needs a [heal] table that says on what text the memory is healed")
+    if method.kind == "smf" and method.rule in ("kl", "tfidf") and recipe.background is None:
+        raise ConfigError(f"{where} rule = {method.rule!r} needs a [background] table")
+    if method.replay and recipe.replay is None:
+        raise ConfigError(f"{where} replay = {method.replay} needs a [replay] table that says which text")
+    if method.replay >= 1:
+        raise ConfigError(f"{where} replay = {method.replay}; expected a share below 1")
+    if method.layers is not None and method.kind == "full":
+        raise ConfigError(f"{where} layers: full finetuning trains all of them; leave the key out")
