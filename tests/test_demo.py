@@ -27,8 +27,14 @@ def demo(folder: Path, *arguments: object, timeout: int = 500) -> subprocess.Com
 def metrics(folder: Path) -> dict[str, dict[str, float]]:
     """Each method's headline scores."""
     summary = json.loads((folder / "summary.json").read_text())
-    headline = {"choices": "acc", "closed_book": "exact_match", "perplexity": "perplexity"}
-    return {r["method"]: {n: s["metrics"][headline[s["task"]]] for n, s in r["scores"].items()} for r in summary}
+    headlines = ("acc", "exact_match", "perplexity")
+    return {
+        method["method"]: {
+            name: next(scores[key] for key in headlines if key in scores)
+            for name, scores in method["scores_by_seed"]["0"].items()
+        }
+        for method in (summary["base"], *summary["methods"])
+    }
 
 
 def check_base(base: dict[str, float]) -> None:
