@@ -43,7 +43,10 @@ class Matched:
 
 
 def read_off(gains_PX: np.ndarray, losses_PX: np.ndarray, gain_X: np.ndarray | float) -> np.ndarray:
-    """The loss `[X]` at a gain, linear between neighbouring Pareto points; NaN outside of their range.
+    """The loss `[X]` at a gain, linear between neighbouring Pareto points; NaN outside of the range of all points.
+
+    At a gain that the points reach, but below the first one that no other beats, the loss is that point's: more gain
+    costs no more there.
 
     Args:
         gains_PX, losses_PX: of the points, all finite; X may be empty (plain numbers) or draws, each read by itself.
@@ -61,7 +64,8 @@ def read_off(gains_PX: np.ndarray, losses_PX: np.ndarray, gain_X: np.ndarray | f
         [np.take_along_axis(each, place[None], 0)[0] for place in ends] for each in (gains_PX, losses_PX)
     )
     way = (np.clip(gain_X, gain0, gain1) - gain0) / np.where(gain1 > gain0, gain1 - gain0, np.inf)
-    return np.where(below_PX.any(0) & above_PX.any(0), loss0 + way * (loss1 - loss0), np.nan)
+    value_X = np.where(below_PX.any(0), loss0 + way * (loss1 - loss0), loss1)
+    return np.where((gain_X >= gains_PX[0] - rounding) & above_PX.any(0), value_X, np.nan)
 
 
 class Drawn:
