@@ -80,3 +80,13 @@ def shared() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip(f"no real data and models at {SHARED}")
     return SHARED
+
+
+LONGEST_FIRST = ("test_readme", "test_demo", "test_train", "test_compare", "test_report", "test_wheel", "test_world")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest begin first, so that no worker is left alone with one of them at the end."""
+    last = len(LONGEST_FIRST)
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, last))
