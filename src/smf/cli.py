@@ -207,16 +207,23 @@ def report(
     _publish(results, recipe, title, format, against, gain, found.skipped)
 
 
-def demo(methods: tuple[str, ...] = (), seeds: int = 1, overrides: Options = Overrides()) -> None:
+def demo(
+    methods: tuple[str, ...] = (),
+    seeds: int = 1,
+    against: str | None = None,
+    format: Formatted = "table",
+    overrides: Options = Overrides(),
+) -> None:
     """The whole comparison on the embedded world, in minutes on two CPU cores: `smf compare demo.toml`.
 
     Args:
         methods: names of methods, beside which the base is always shown; none: all.
         seeds: how many seeds to run.
+        against: the method that the others are compared with; none: LoRA.
     """
     from .recipe_file import SHIPPED
 
-    compare(SHIPPED / "demo.toml", methods, seeds, overrides=overrides)
+    compare(SHIPPED / "demo.toml", methods, seeds, against, format, overrides)
 
 
 def tune(
