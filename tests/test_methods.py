@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -281,6 +282,14 @@ def test_own_function_trains_what_it_says(world: Path):
     recipe = load_recipe(world)
     prepared = find_method("my_methods:only_norms")(load_base(recipe), recipe.methods["own"], recipe, load(recipe))
     assert prepared.trained == 32 * 9  # two norms in each of four layers, and the last one
+
+
+def test_the_command_finds_an_own_function_in_the_current_folder(world: Path, tmp_path: Path):
+    smf_command = [str(Path(sys.executable).with_name("smf")), "compare", str(world), "--methods", "own"]
+    rest = ["--output", str(tmp_path / "runs"), "--max-steps", "1", "--format", "csv"]
+    done = subprocess.run([*smf_command, *rest], cwd=world.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "\nown,0.01," in done.stdout
 
 
 def test_runs_of_an_own_function_change_name_with_its_code(world: Path):

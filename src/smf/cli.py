@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -104,30 +105,33 @@ Format = Literal["table", "md", "csv", "json"]
 Formatted = Annotated[Format, tyro.conf.arg(help="what to print: tables, Markdown, CSV or JSON")]
 
 
-def compare(
-    recipe: RecipePath,
-    /,
-    methods: tuple[str, ...] = (),
-    seeds: int = 1,
-    against: str | None = None,
-    format: Formatted = "table",
-    overrides: Options = Overrides(),
-) -> None:
+@dataclass(frozen=True)
+class Comparing:
+    """What of a recipe is compared, and how it is shown."""
+
+    methods: tuple[str, ...] = ()
+    """Names of [methods.NAME] tables, beside which the base is always shown; none: all."""
+    seeds: int = 1
+    """How many seeds to run, from the recipe's upwards; five for a claim."""
+    against: str | None = None
+    """The method that the others are compared with; none: the first LoRA, or full finetuning."""
+    format: Formatted = "table"
+
+
+Compared = OmitArgPrefixes[Comparing]
+
+
+def compare(recipe: RecipePath, /, what: Compared = Comparing(), overrides: Options = Overrides()) -> None:
     """Train and score every method of a recipe; print the tables and write report.html.
 
     Finished methods are not run again, and a killed run goes on where it stopped. Several such commands may share an
     output folder, each with runs of its own.
-
-    Args:
-        methods: names of [methods.NAME] tables, beside which the base is always shown; none: all.
-        seeds: how many seeds to run, from the recipe's upwards; five for a claim.
-        against: the method that the others are compared with; none: the first LoRA, or full finetuning.
     """
     from .compare import compare as run_all
 
     loaded = overrides.load(recipe)
-    results = run_all(loaded, methods, seeds)
-    _publish(results, loaded, f"{recipe.stem} on {loaded.base}", format, against)
+    results = run_all(loaded, what.methods, what.seeds)
+    _publish(results, loaded, f"{recipe.stem} on {loaded.base}", what.format, what.against)
 
 
 def _publish(
@@ -152,8 +156,8 @@ def _publish(
     if format == "table":
         print_tables(summary, title)
     else:
-        as_json_text = json.dumps(as_json(summary), indent=2)
-        print({"md": markdown(summary), "csv": as_csv(summary), "json": as_json_text}[format].rstrip("\n"))
+        as_text = {"md": markdown, "csv": as_csv, "json": lambda shown: json.dumps(as_json(shown), indent=2)}
+        print(as_text[format](summary).rstrip("\n"))
     print(f"report: {output / 'report.html'}", file=sys.stdout if format == "table" else sys.stderr)
 
 
@@ -207,23 +211,11 @@ def report(
     _publish(results, recipe, title, format, against, gain, found.skipped)
 
 
-def demo(
-    methods: tuple[str, ...] = (),
-    seeds: int = 1,
-    against: str | None = None,
-    format: Formatted = "table",
-    overrides: Options = Overrides(),
-) -> None:
-    """The whole comparison on the embedded world, in minutes on two CPU cores: `smf compare demo.toml`.
-
-    Args:
-        methods: names of methods, beside which the base is always shown; none: all.
-        seeds: how many seeds to run.
-        against: the method that the others are compared with; none: LoRA.
-    """
+def demo(what: Compared = Comparing(), overrides: Options = Overrides()) -> None:
+    """The whole comparison on the embedded world, in minutes on two CPU cores: `smf compare demo.toml`."""
     from .recipe_file import SHIPPED
 
-    compare(SHIPPED / "demo.toml", methods, seeds, against, format, overrides)
+    compare(SHIPPED / "demo.toml", what, overrides)
 
 
 def tune(
@@ -262,6 +254,7 @@ def main() -> None:
     from .compare import quiet_known_warnings
 
     quiet_known_warnings()
+    sys.path.append(os.getcwd())  # where methods of one's own are looked for; only python -m puts it there itself
     commands: dict[str, Callable[..., Any]] = {
         "demo": demo,
         "compare": compare,

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .stats import DRAWS, Estimate, draws, estimate
-from .study import Measure, Point, at_seeds, by_method, change_of, common_seeds, weights_of
+from .study import Measure, Point, at_seeds, by_method, change_of, common_seeds, unbeaten, weights_of
 
 IN_RANGE = 0.95  # share of the draws in which a method's points must reach a gain for the interval to be one
 Levels = dict[str, float | Point]  # by label: a gain in its unit, or the point that has it
@@ -52,11 +52,8 @@ def read_off(gains_PX: np.ndarray, losses_PX: np.ndarray, gain_X: np.ndarray | f
         gains_PX, losses_PX: of the points, all finite; X may be empty (plain numbers) or draws, each read by itself.
         gain_X: where to read.
     """
-    order_PX = np.lexsort((-losses_PX, gains_PX), axis=0)
+    order_PX, front_PX = unbeaten(gains_PX, losses_PX)
     gains_PX, losses_PX = (np.take_along_axis(each, order_PX, 0) for each in (gains_PX, losses_PX))
-    least_PX = np.minimum.accumulate(losses_PX[::-1])[::-1]  # of this point and those that gain more
-    front_PX = np.ones(gains_PX.shape, bool)
-    front_PX[:-1] = losses_PX[:-1] < least_PX[1:]
     rounding = 1e-9 * np.abs(gains_PX).max(0)  # a point's own gain must not fall out of the range
     below_PX, above_PX = front_PX & (gains_PX <= gain_X + rounding), front_PX & (gains_PX >= gain_X - rounding)
     ends = (len(gains_PX) - 1 - below_PX[::-1].argmax(0), above_PX.argmax(0))

@@ -121,7 +121,7 @@ def draws(changes: Sequence[Changes], count: int = DRAWS) -> np.ndarray:
 
     Examples: clusters are resampled with replacement; changes on one example set share the resamples, other sets get
     independent ones. Seeds: a multivariate Student t is added, as resampling 5 seeds would hold the truth only about
-    83 % of the time. With one seed, the draws are over examples only.
+    84 % of the time. With one seed, the draws are over examples only.
 
     Raises:
         ConfigError: where the changes are of different seeds.

@@ -277,9 +277,18 @@ def pareto(gains_P: np.ndarray, losses_P: np.ndarray) -> np.ndarray:
 
     Of equal points the last one is listed. All must be finite.
     """
-    order = np.lexsort((-losses_P, gains_P))
-    best_after = np.minimum.accumulate(np.append(losses_P[order], np.inf)[::-1])[::-1][1:]
-    return order[losses_P[order] < best_after]
+    order_P, front_P = unbeaten(gains_P, losses_P)
+    return order_P[front_P]
+
+
+def unbeaten(gains_PX: np.ndarray, losses_PX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order `[P, X]` of points by gain, and which of them, in that order, no other one beats; each X by itself."""
+    order_PX = np.lexsort((-losses_PX, gains_PX), axis=0)
+    sorted_PX = np.take_along_axis(losses_PX, order_PX, 0)
+    least_PX = np.minimum.accumulate(sorted_PX[::-1])[::-1]  # of this point and those that gain more
+    front_PX = np.ones(sorted_PX.shape, bool)
+    front_PX[:-1] = sorted_PX[:-1] < least_PX[1:]
+    return order_PX, front_PX
 
 
 # -- one method against another ---------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def _run(recipe: Recipe, name: str, loaded: Loaded, folder: Path, result_file: P
 
 
 def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded, folder: Path) -> dict[str, Any]:
-    """Train, scoring on the way; returns steps, seconds and the scores before the end, whose records are numbers."""
+    """Train, scoring on the way; returns steps, seconds and the scores before the end, without their questions."""
     options, method = recipe.train, recipe.methods[name]
     steps = steps_of(options.steps, options.epochs, len(loaded.train), options.batch_size)
     shares = {round(share * steps): share for share in sorted(options.score_at) if 0 < round(share * steps) < steps}
