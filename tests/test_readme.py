@@ -102,6 +102,19 @@ def test_smf_commands_run(line: str, runs: Path, request: pytest.FixtureRequest)
     assert arguments[arguments.index("--methods") + 1] in done.stdout
 
 
+def test_own_analysis_in_the_page_on_measuring_runs(runs: Path, tmp_path: Path, capsys, monkeypatch):
+    demo = [sys.executable, "-m", "smf", "demo", "--methods", "lora", "full", "--output", str(runs), *SMALL]
+    subprocess.run(demo, check=True, capture_output=True, timeout=500)
+    (example,) = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "measuring.md").read_text(), re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(runs)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("(")[0] for line in printed[:2]] == ["Estimate", "Estimate"]
+    assert printed[2].startswith(("Estimate(", "None")) and 0 <= float(printed[3]) <= 1
+
+
 def test_train_and_eval_commands_named_in_the_text_run(tmp_path: Path):
     recipe = make_world(tmp_path)
     assert "`smf train RECIPE --method NAME`" in README

@@ -72,8 +72,9 @@ def _samples(
     """The harness's record of every item, in the order given."""
     import datasets
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+
+    from .shared_prompts import SharedPromptLM
 
     documents = datasets.Dataset.from_list(list(items))
     task = {
@@ -89,7 +90,7 @@ def _samples(
         del task["doc_to_choice"]
     adds_bos = bool(tokenizer("")["input_ids"])  # as in training
     with evaluation_mode(model), _quiet("lm_eval"):
-        make_lm: Any = HFLM  # its signature is hidden by decorators
+        make_lm: Any = SharedPromptLM  # its signature is hidden by decorators
         lm = make_lm(
             pretrained=model,
             tokenizer=tokenizer,
