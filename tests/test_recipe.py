@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -96,6 +97,34 @@ def test_unknown_key_of_a_method_names_the_method(recipe_file: Path):
 def test_bad_values_are_refused_by_name(recipe_file: Path, old: str, new: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load_recipe(changed(recipe_file, old, new))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "/a", "..\\\\a", "a\\u0000"])
+def test_names_that_are_no_part_of_a_folders_are_refused(recipe_file: Path, name: str):
+    changed(recipe_file, "[methods.lora]", f'[methods."{name}"]')
+    with pytest.raises(ConfigError, match=re.escape(f"a method is named {json.loads(chr(34) + name + chr(34))!r}")):
+        load_recipe(recipe_file)
+
+
+@pytest.mark.parametrize("name", ["a b", "ä", "a:b", "a.b", "-", "a=1"])
+def test_names_that_are_part_of_a_folders_are_read(recipe_file: Path, name: str):
+    assert name in load_recipe(changed(recipe_file, "[methods.lora]", f'[methods."{name}"]')).methods
+
+
+@pytest.mark.parametrize("axes", ["{ r = [2, 4] }", "{ r = [2, 2] }"])
+def test_names_that_axes_give_twice_are_refused(recipe_file: Path, axes: str):
+    changed(recipe_file, 'kind = "lora"\nr = 2', f'kind = "lora"\naxes = {axes}')
+    if "4" in axes:
+        assert {"lora-r=2", "lora-r=4"} < set(load_recipe(recipe_file).methods)
+        changed(recipe_file, "[methods.full]", '[methods."lora-r=2"]')
+    with pytest.raises(ConfigError, match="two methods are named 'lora-r=2' once axes are written out"):
+        load_recipe(recipe_file)
+
+
+def test_a_value_of_an_axis_that_is_no_part_of_a_folders_name_is_refused(recipe_file: Path):
+    changed(recipe_file, 'kind = "lora"\nr = 2', 'kind = "lora"\naxes = { options = [{ a = "b/c" }] }')
+    with pytest.raises(ConfigError, match=r"a method is named .*b/c"):
+        load_recipe(recipe_file)
 
 
 def test_kl_without_background_is_refused(recipe_file: Path):

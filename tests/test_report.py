@@ -20,13 +20,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("matplotlib")
 
 import smf.report
 from smf import plots
 from smf.errors import DataError
-from smf.report import averaged, write_report
+from smf.logs import averaged, quantities, read_log
+from smf.report import write_report
 from smf.stats import Estimate, change
 from smf.study import Comparison, Point, measured, pareto
 from smf.summary import Matched, Summary, columns_of, summarise
@@ -329,6 +332,10 @@ def test_forgetting_at_equal_gain_is_that_of_the_summary(study: Summary, study_p
                 assert got[2] == f"× {points(ratio.value, 2, '')}"
             seen[None if e is None else "value"] += 1
     assert seen[None] and seen["value"]
+    shares = [any(any(each.ratios.values()) for each in tables) for tables in (study.matched[:4], study.matched[4:])]
+    headed = study_page.split("<h3>At the gain of ")[1:]
+    assert ["×: the share of what lora forgets there" in text for text in headed] == shares
+    assert set(shares) == {True, False}
     assert f"held-out learned: {points(study.matched[0].gain, 1, '')}. Over 2 seeds." in reader.text
 
 
@@ -353,12 +360,23 @@ def test_mcnemar_and_non_inferiority_are_named(tmp_path: Path):
     reader = Reader(write_page(summary, tmp_path))
     heal = reader.row("Against lora", "heal")
     assert heal[0] == "heal|1 seed|" and ", McNemar|" in heal[1]
-    sure = [replace(c, estimate=Estimate(0.4, -0.4, 1.2, 0.4)) for c in summary.comparisons]
-    row = Reader(write_page(replace(summary, comparisons=sure), tmp_path)).row("Against lora", "heal")
-    assert row[1].endswith("|non-inferior|") and "inferior" not in row[3]
-    lost = [replace(c, estimate=Estimate(0.4, -0.6, 1.2, 0.4)) for c in summary.comparisons]
-    row = Reader(write_page(replace(summary, comparisons=lost), tmp_path)).row("Against lora", "heal")
-    assert row[1].endswith("|may be inferior|")
+    for low, high, told in ((-0.4, 1.2, "non-inferior"), (-0.6, 1.2, "may be inferior"), (-2.0, -0.6, "inferior")):
+        changed = {"estimate": Estimate((low + high) / 2, low, high, 0.4), "clusters": 400, "differing": 40}
+        compared = [replace(each, **changed) for each in summary.comparisons]
+        page = write_page(replace(summary, comparisons=compared), tmp_path)
+        row = Reader(page).row("Against lora", "heal")
+        assert row[1].endswith(f"|{told}|") and "inferior" not in row[3]
+        assert (f'<small class="sure">{told}</small>' in page) == (told != "may be inferior")
+    few = [replace(each, clusters=40, differing=4) for each in summary.comparisons]
+    row = Reader(write_page(replace(summary, comparisons=few), tmp_path)).row("Against lora", "heal")
+    assert row[1].endswith("|too few changed to say|")
+
+
+def test_a_p_value_that_more_draws_would_make_smaller_is_a_bound(tmp_path: Path):
+    summary = summarise(fake_results(tmp_path, logs=False), ["acc"])
+    least = [replace(each, test="bootstrap", p=0.0005, least=0.0005, adjusted=0.01) for each in summary.comparisons]
+    row = Reader(write_page(replace(summary, comparisons=least), tmp_path)).row("Against lora", "heal")
+    assert "|p ≤ 0.010|" in row[1] and "|p = " not in row[1]
 
 
 def test_who_shares_no_seed_with_the_reference_is_named(tmp_path: Path):
@@ -427,15 +445,27 @@ def test_layers_are_ordered_and_named(study: Summary, tmp_path: Path):
         replace(row, runs=[run | {"options": run["options"] | {"rows_per_step": 9}} for run in row.runs])
         for row in study.rows
     ]
-    for row, layers in zip(rows, ([2, 3], None, [10]), strict=False):
+    for row, layers in zip(rows, ([2, 3], None, [10], [1], None), strict=True):
         for run in row.runs:
-            run["options"]["layers"] = layers
+            run["options"] = {"layers": layers, "kind": run["kind"]}
     summary = replace(study, rows=rows, points=rows, matched=[], comparisons=[], reference=None)
     (family,) = plots.families(summary, plots.drawn_measures(summary)[0], "layers")
-    assert [value for value, *_ in family.members] == [[10], [2, 3], None]
+    assert [value for value, *_ in family.members] == [[10], [2, 3], [2, 3, 10]]  # those whose rows changed
     page = write_page(summary, tmp_path)
-    assert all(f">{text}</text>" in page for text in ("2 + 3", "10", "default"))
+    assert all(f">{text}</text>" in page for text in ("2 + 3", "10", "2 + 3 + 10")) and ">default<" not in page
     assert "<h3>Layers</h3>" in page and "<h3>Rows of a step</h3>" not in page and "<h3>Steps</h3>" not in page
+
+
+def test_no_layers_are_all_layers_of_an_adapter_and_unknown_ones_are_left_out(study: Summary):
+    rows = list(study.rows[:4])
+    for place, (kind, layers) in enumerate(
+        (("lora", None), ("lora", [3]), ("dense-addon", None), ("dense-addon", [2]))
+    ):
+        runs = [run | {"kind": kind, "options": {"kind": kind, "layers": layers}} for run in rows[place].runs]
+        rows[place] = replace(rows[place], runs=[{k: v for k, v in r.items() if k != "rows_by_layer"} for r in runs])
+    summary = replace(study, rows=rows, points=rows, matched=[], comparisons=[], reference=None)
+    (family,) = plots.families(summary, plots.drawn_measures(summary)[0], "layers")
+    assert [value for value, *_ in family.members] == [[3], "all"]
 
 
 def test_what_there_is_nothing_of_is_not_shown(tmp_path: Path):
@@ -458,7 +488,7 @@ def test_logs_are_averaged_over_seeds_and_neighbours():
 
 
 def test_hubs_are_drawn_as_shares(study: Summary, study_page: str):
-    quantities = smf.report._quantities("3")
+    quantities = quantities("3")
     line = {"rows": {"3": 512}, "rows_read": {"3": 900}, "hub_share": {"3": 0.4}, "hubs_written": {"3": 128}}
     assert [get(line) for get in quantities.values()] == [900, 512, 40.0, 25.0]
     assert [get({"step": 1}) for get in quantities.values()] == [None] * 4
@@ -577,7 +607,7 @@ def test_rows_of_several_rates_without_a_choice_are_told_apart(tmp_path: Path):
 def test_a_diverged_run_still_makes_a_page(tmp_path: Path):
     results = fake_results(tmp_path)
     text = results[-1]["scores"]["general-text"]
-    text["metrics"] = {"nats": math.inf, "perplexity": math.exp(700)}
+    text["metrics"] = {"nats": math.nan, "perplexity": math.exp(700)}
     for record in text["records"]:
         record["nats"] = math.nan
     (tmp_path / "heal-0" / "metrics.jsonl").write_text('{"step": 10, "loss": NaN}\n{"step": 20, "loss": 3.0}\n')
@@ -585,11 +615,80 @@ def test_a_diverged_run_still_makes_a_page(tmp_path: Path):
     assert row[5] == "1.01e+304|n/a|no interval|"
 
 
-def test_a_broken_metrics_file_is_named(tmp_path: Path):
+BROKEN = {
+    "garbage": b"garbage",
+    "it cannot be read as text": b'{"step": 1, "loss": 2.0}\n\xff',
+    "line 2 is not JSON": b'{"step": 1, "loss": 2.0}\n{"step"',
+    "line 1 is not JSON": b"[" * 5000,
+    "line 1 is '5'; expected a step, and numbers for the loss": b"5",
+    "loss\": 1.0}'; expected a step": b'{"loss": 1.0}',
+    '"x"': b'{"step": "x", "loss": 1}',
+    '"high"': b'{"step": 1, "loss": "high"}',
+    '"rows": 5': b'{"step": 1, "rows": 5}',
+    '"hub_share"': b'{"step": 1, "hub_share": {"2": null}}',
+    '\'{"step": 1000': b'{"step": 1' + b"0" * 400 + b"}",
+    "1e300": b'{"step": 1, "loss": -1e300}',
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_a_metrics_file_that_cannot_be_drawn_is_refused_with_the_reason(tmp_path: Path, reason: str):
+    (tmp_path / "metrics.jsonl").write_bytes(BROKEN[reason])
+    with pytest.raises(DataError) as error:
+        read_log(tmp_path / "metrics.jsonl")
+    assert reason in str(error.value)
+
+
+def test_a_broken_metrics_file_is_named_and_all_else_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     results = fake_results(tmp_path)
-    (tmp_path / "lora-0" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step"')
-    with pytest.raises(DataError, match="line 2 is not JSON"):
-        page_of(results, tmp_path)
+    broken = tmp_path / "smf-all-rows-0" / "metrics.jsonl"
+    broken.write_text('{"step": 1, "loss": "high"}')
+    page = page_of(results, tmp_path, skipped={"runs/old": "it has no result yet"})
+    text, told = Reader(page).text, f"{broken}: its curves are left out, as line 1 is "
+    assert "2 runs or files were left out" in text and "runs/old: it has no result yet" in text
+    assert told in text and f"smf: skipped {told}" in capsys.readouterr().err
+    assert set(re.findall(r'id="(?:loss|memory)-\d+-(\d)-', page)) == {"1", "2", "3"}
+    assert 'id="front-0-0-smf-all-rows-chosen0"' in page
+
+
+def test_a_metrics_file_that_is_a_folder_is_named(tmp_path: Path):
+    results = fake_results(tmp_path, logs=False)
+    (tmp_path / "lora-0" / "metrics.jsonl").mkdir(parents=True)
+    assert "its curves are left out, as it cannot be read as text" in Reader(page_of(results, tmp_path)).text
+
+
+NUMBERS = st.sampled_from([0, 1, -5, 3.5, 1e99, -1e99, 1e-300, 5e-324, math.nan, math.inf, 10**100])
+ANYTHING = NUMBERS | st.sampled_from([None, True, "x", [], {}, {"2": "x"}, 10**400, 1e300])
+BY_LAYER = st.dictionaries(st.sampled_from(["2", "10", "", "<b>", "\ud800"]), NUMBERS, max_size=2)
+LINES = st.fixed_dictionaries(
+    {"step": st.integers(0, 50) | NUMBERS},
+    optional={"loss": NUMBERS} | dict.fromkeys(("rows", "rows_read", "hub_share", "hubs_written"), BY_LAYER),
+)
+ANY_LINE = ANYTHING | st.dictionaries(st.sampled_from(["step", "loss", "rows", "hub_share"]), ANYTHING)
+FILES = st.lists(LINES, min_size=1, max_size=8) | st.lists(LINES | ANY_LINE, max_size=4)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given((st.tuples(FILES, st.just(b"")) | st.tuples(st.just([]), st.binary(max_size=9))).map(list))
+def test_whatever_is_in_a_metrics_file_its_curves_are_drawn_or_it_is_named(tmp_path: Path, content: list[Any]):
+    result = fake_result("smf", "smf", number=4) | {"folder": str(tmp_path)}
+    summary = summarise([result], ["acc"])  # without a base there is nothing else to draw
+    lines, end = content
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(map(json.dumps, lines)).encode() + end)
+    page = write_page(summary, tmp_path)
+    named = "its curves are left out" in page
+    losses = [line["loss"] for line in lines if isinstance(line, dict) and "loss" in line] if not named else []
+    assert ('id="loss-' in page) == any(abs(loss) <= 1e100 for loss in losses)
+
+
+def test_runs_whose_training_failed_are_named(tmp_path: Path):
+    failed = [{"method": "lora", "options": {"lr": 0.8}, "seed": 0, "reason": "the loss is NaN at step 7"}]
+    failed += [{"method": f"smf{HOSTILE}", "options": {"lr": 1.6}, "seed": 3, "reason": "memory"}]
+    page = write_page(replace(summarise([fake_result("lora", "lora")], ["acc"]), failed=failed), tmp_path)
+    text = Reader(page).text
+    assert "lora at lr 0.8: training failed (the loss is NaN at step 7)" in text
+    assert f"smf{HOSTILE} at lr 1.6, seed 3: training failed (memory)" in text
+    assert "2 runs or files were left out" in text and '<details class="skipped" open>' in page
 
 
 # -- a large study ----------------------------------------------------------------------------------------------------
@@ -638,7 +737,8 @@ def large_summary(folder: Path) -> Summary:
     overall = [Estimate(value, 0.8 * value, 1.2 * value, 0.01) for value in values]
     losses = dict(zip(names, overall, strict=True))
     tables = [Matched(gain, f"gain {gain}", m, dict(losses), dict(losses)) for gain in (1.0, 2.0) for m in wanted[1:]]
-    compared = [Comparison(name, m, overall[0], 5, "bootstrap", 0.01, 0.2) for name in names[1:] for m in wanted]
+    tested = (overall[0], 5, "bootstrap", 0.01, 0.2, 400, 40, 0.0005)
+    compared = [Comparison(name, m, *tested) for name in names[1:] for m in wanted]
     return replace(summary, overall=overall, matched=tables, comparisons=compared)
 
 
@@ -648,6 +748,44 @@ def test_a_large_study_stays_small(tmp_path: Path):
     assert len(page.encode()) < 3_000_000
     assert len(lists_of(page)["rows"]) == 25 and "it holds the first" in page
     assert {"front", "steps", "rates", "rows", "loss", "memory"} <= set(re.findall(r'id="([a-z]+)-\d+-24-', page))
+
+
+def drawn_in(page: str) -> Counter[str]:
+    """How many panels there are of each plot."""
+    return Counter(plot for plot, _ in set(re.findall(r'id="([a-z]+)-(\d+)-\d', page)))
+
+
+@pytest.mark.parametrize("less", [8000, None])
+def test_a_page_that_would_be_too_large_leaves_out_drawings_and_says_so(
+    study: Summary, study_page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, less: int | None
+):
+    lists = len(json.dumps(lists_of(study_page)))
+    monkeypatch.setattr(smf.report, "FULL", 1 if less is None else len(study_page.encode()) - lists - less)
+    monkeypatch.setattr(smf.report, "LISTED_LEAST", 0)
+    page = write_page(study, tmp_path)
+    (told,) = re.findall(r"To stay below 3 MB, this page leaves out (.*)\. A page of fewer methods", page)
+    if less is None:
+        assert told == "; ".join(smf.report.OMITTED)
+        assert drawn_in(page) == {} and "held-out learned: " in page and "<h3>Steps</h3>" not in page
+    else:
+        assert told == smf.report.OMITTED[0]
+        assert drawn_in(page) == drawn_in(study_page) and "-points" not in page and "Small marks" not in page
+        assert len(page.encode()) - len(json.dumps(lists_of(page))) <= smf.report.FULL
+    assert Reader(page).tables == Reader(study_page).tables and "To stay below" not in study_page
+
+
+def test_what_is_left_out_first_is_what_says_least(study: Summary):
+    rows = smf.report._rows(study)
+    drawn: dict[str, Any] = {"omitted": (), **smf.report._drawings(study, rows, smf.report._logs(rows)[0])}
+    sizes, panels = [len(str(drawn))], []
+    for _ in smf.report.OMITTED:
+        drawn |= smf.report._fewer(study, drawn)
+        sizes.append(len(str(drawn)))
+        panels.append(drawn_in("".join(map(str, drawn.values()))))
+    every = {"front": 4, "steps": 5, "rates": 5, "rows": 5, "loss": 1, "memory": 12}
+    few = {"front": 1, "steps": 2, "rates": 2, "rows": 2, "loss": 1}
+    assert panels == [every, few | {"memory": 12}, few, {}]
+    assert sizes == sorted(sizes, reverse=True) and drawn["omitted"] == smf.report.OMITTED
 
 
 def test_the_looks_of_many_methods_differ():

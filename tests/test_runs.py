@@ -6,7 +6,8 @@ import json
 import math
 import os
 import shutil
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from hypothesis import strategies as st
 
 from fakes import base, curve, recipe, result, scores, write
 from smf.errors import ConfigError, DataError
-from smf.recipe import Method
+from smf.recipe import MemoryOptions, Method
 from smf.recipe_file import to_toml
+from smf.report import write_report
 from smf.runs import Runs, read_result, read_runs
 from smf.summary import summarise
-from smf.table import all_tables, as_json
+from smf.table import all_tables, as_csv, as_json
 
 RECIPE = recipe()
 HERE = RECIPE.comparison_id()
@@ -87,6 +89,7 @@ def test_nulls_and_not_a_number_are_read(runs: Path):
     """A healed memory does not say how many rows changed; training that diverged leaves NaN."""
     made = named(result("smf", scores(0.5), seed=5)) | {"rows_changed": None, "new": "key"}
     made["scores"]["held-out"]["metrics"]["loss"] = math.nan
+    made["scores"]["held-out"]["records"][7]["nats"] = math.nan
     write(runs / "smf-5", made, RECIPE)
     found = read_runs([runs])
     assert what(found) == [*ALL, ("smf", 0.1, 5)]
@@ -151,15 +154,23 @@ def test_a_broken_file_is_named_with_its_reason_and_the_others_are_read(runs: Pa
 
 def wrong(path: str, value: Any) -> dict[str, Any]:
     """A result in which one thing is another; `value` ... takes it away."""
-    made = named(curve("smf", [0.3, 0.5], [1, 0.9], seed=5))
+    return put(whole(), [int(key) if key.isdigit() else key for key in path.split("/")], value)
+
+
+def whole() -> dict[str, Any]:
+    """A result that has whatever a result may have."""
+    made = named(curve("smf", [0.3, 0.5], [1, 0.9], seed=5, memory=asdict(MemoryOptions()), rows_per_step=64))
+    return made | {"rows_by_layer": {"a": 2, "b": 1}}
+
+
+def put(made: dict[str, Any], path: list[Any], value: Any) -> dict[str, Any]:
     inner: Any = made
-    *way, last = [int(key) if key.isdigit() else key for key in path.split("/")]
-    for key in way:
+    for key in path[:-1]:
         inner = inner[key]
     if value is ...:
-        del inner[last]
+        del inner[path[-1]]
     else:
-        inner[last] = value
+        inner[path[-1]] = value
     return made
 
 
@@ -171,11 +182,24 @@ WRONG = [
     ("steps", None, "steps is missing or no int"),
     ("options", [], "options is missing or no dict"),
     ("options/lr", "fast", "options.lr is missing or no number"),
+    ("options/lr", None, "options.lr is missing or no number"),
+    ("options/lr", math.nan, "options: lr = nan; expected a finite number"),
+    ("options/lr", 10**400, "options.lr is beyond 1e+100"),
+    ("options/alpha", 10**400, "too large to convert to float"),
+    ("options/rows_per_step", "abc", "options.rows_per_step is missing or no number"),
+    ("options/rows_per_step", 0, "options: rows_per_step = 0; expected a finite number of at least 1"),
+    ("options/layers", "abc", "options: layers must be a list; got 'abc'"),
+    ("options/layers", ["2"], "options: layers = '2'; expected int"),
+    ("options/memory/n_keys", "many", "n_keys = 'many'; expected int"),
+    ("options/rwos_per_step", 9, "unknown key 'rwos_per_step'; did you mean 'rows_per_step'"),
     ("comparison", ..., "comparison is missing"),
     ("scores", ..., "scores is missing or no dict"),
     ("scores", [], "scores is missing or no dict"),
     ("seconds", "long", "seconds is missing or no number"),
     ("rows_by_layer", [1], "rows_by_layer is missing or no dict"),
+    ("rows_by_layer/a", "x", "rows_by_layer.a is missing or no number"),
+    ("rows_by_layer/a", 10**400, "rows_by_layer.a is beyond 1e+100"),
+    ("seconds", 10**400, "seconds is beyond 1e+100"),
     ("provenance", "a laptop", "provenance is missing or no dict"),
     ("provenance/machine", "a laptop", "machine.jobs is missing"),
     ("provenance/machine/jobs", None, "machine.jobs is missing or no int"),
@@ -196,6 +220,13 @@ WRONG = [
     ("scores/held-out/metrics/acc", ..., "scores.held-out: metrics.acc is missing"),
     ("scores/held-out/metrics/acc", "0.5", "scores.held-out: metrics.acc is missing or no number"),
     ("scores/general-text/metrics/perplexity", None, "metrics.perplexity is missing or no number"),
+    ("scores/held-out/metrics/acc", 0.51, "metrics.acc is 0.51, but the records give 0.5"),
+    ("scores/held-out/metrics/acc", math.nan, "metrics.acc is nan, but the records give 0.5"),
+    ("scores/held-out/metrics/acc", 10**400, "metrics.acc is 10000000000000000000, but the records give 0.5"),
+    ("scores/held-out/metrics/loss", 2, "metrics.loss is 2, but the records give 1"),
+    ("scores/general-text/metrics/perplexity", 9.0, "metrics.perplexity is 9.0, but the records give 8.16617"),
+    ("scores/KL general-text/metrics/nats", 0.0, "metrics.nats is 0.0, but the records give 0.1"),
+    ("on_the_way/0/scores/near-domain/metrics/acc", 0.5, "near-domain: metrics.acc is 0.5, but the records give 1"),
     ("scores/held-out/records", "many", "records is missing or no list"),
     ("scores/held-out/records/0", "one", "records are missing or no tables"),
     ("scores/held-out/records/0/id", ..., "id of a record is missing"),
@@ -203,6 +234,8 @@ WRONG = [
     ("scores/held-out/records/0/cluster", {}, "cluster of a record"),
     ("scores/held-out/records/3/acc", "1", "acc of a record is missing or of another type"),
     ("scores/held-out/records/3/nats", ..., "nats of a record"),
+    ("scores/held-out/records/3/acc", 10**400, "acc of a record is beyond 1e+100"),
+    ("scores/held-out/records/3/nats", -1e300, "nats of a record is beyond 1e+100"),
     ("scores/KL general-text/records/0/tokens", None, "tokens of a record"),
 ]
 
@@ -215,31 +248,28 @@ def test_a_wrong_type_inside_is_named(tmp_path: Path, path: str, value: Any, rea
     assert reason in str(error.value)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_whatever_is_wrong_a_report_can_be_made_or_the_run_is_named(tmp_path: Path, data: st.DataObject):
-    """Any place of a result replaced by anything, or taken away."""
-    made = named(curve("smf", [0.3, 0.5], [1, 0.9], seed=5))
-    inner: Any = made
-    for _ in range(data.draw(st.integers(0, 6))):
-        keys = [
-            k
-            for k, v in (inner.items() if isinstance(inner, dict) else enumerate(inner))
-            if v and type(v) in (dict, list)
-        ]
-        if not keys:
-            break
-        inner = inner[data.draw(st.sampled_from(keys))]
-    last = data.draw(st.sampled_from(list(inner) if isinstance(inner, dict) else list(range(len(inner)))))
-    junk = st.sampled_from([..., None, 0, -1, 1.5, "", "0", [], {}, [1], {"a": 1}, True, math.nan, math.inf, 10**19])
-    value = data.draw(junk)
-    if value is ...:
-        del inner[last]
-    else:
-        inner[last] = value
+def places(inner: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to everything in a result, at any depth; of lists, to the first and the last."""
+    keys = list(inner) if isinstance(inner, dict) else sorted({0, len(inner) - 1}) if isinstance(inner, list) else []
+    for key in keys if inner else []:
+        yield (*path, key)
+        yield from places(inner[key], (*path, key))
+
+
+JUNK = [..., None, 0, -1, 1.5, "", "0", "abc", [], {}, [1], ["a"], {"a": 1}, {"2": "x"}, True, math.nan, math.inf]
+JUNK += [10**19, 10**400, -(10**400), 1e308, 5e-324]
+PLACES = list(places(whole()))
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted({len(path) for path in PLACES})), st.data())
+def test_whatever_is_wrong_a_report_can_be_made_or_the_run_is_named(tmp_path: Path, depth: int, data: st.DataObject):
+    """Any place of a result replaced by anything, or taken away; one depth as often as another."""
+    path = data.draw(st.sampled_from([path for path in PLACES if len(path) == depth]))
+    made = put(whole(), list(path), data.draw(st.sampled_from(JUNK)))
     output = tmp_path / "any"
     write(output / "base-0", named(base()), RECIPE)
-    write(output / "lora-0", named(result("lora", scores(0.6), kind="lora")), RECIPE)
+    write(output / "smf-4", named(result("smf-more", memory=asdict(MemoryOptions()), rows_per_step=128)), RECIPE)
     write(output / "smf-5", made, RECIPE)
     found = read_runs([output])
     assert len(found.results) + len(found.skipped) == 3
@@ -247,7 +277,9 @@ def test_whatever_is_wrong_a_report_can_be_made_or_the_run_is_named(tmp_path: Pa
         return
     summary = summarise(found.results, RECIPE.target.metrics)
     all_tables(summary)
+    as_csv(summary)
     json.dumps(as_json(summary), allow_nan=False)
+    write_report(summary, output / "report.html", "any")
 
 
 def test_a_result_that_is_a_folder_is_named(runs: Path):

@@ -141,14 +141,15 @@ SCORES = st.sampled_from([-2.0, -0.5, -0.0, 0.0, 0.5, 1.0]) | st.floats(-10, 10)
 @given(st.dictionaries(st.integers(0, 500), SCORES, min_size=1, max_size=40), st.integers(1, 45))
 def test_selected_rows_are_the_best_by_score_then_id(scores, t):
     rows = sorted(scores)
-    reads = Reads(torch.tensor(rows), torch.ones(len(rows), dtype=torch.float64), len(rows))
+    hits_R = torch.ones(len(rows), dtype=torch.int64)
+    reads = Reads(torch.tensor(rows), hits_R.double(), hits_R)
     chosen = select_rows(reads, torch.tensor([scores[row] for row in rows], dtype=torch.float64), t)
     assert chosen.tolist() == best(scores, t)
 
 
 def test_equal_scores_go_to_the_lower_ids():
     rows = torch.arange(0, 3000, 3)
-    reads = Reads(rows, torch.ones(1000, dtype=torch.float64), 1000)
+    reads = Reads(rows, torch.ones(1000, dtype=torch.float64), torch.ones(1000, dtype=torch.int64))
     assert select_rows(reads, torch.zeros(1000, dtype=torch.float64), 7).tolist() == [0, 3, 6, 9, 12, 15, 18]
 
 

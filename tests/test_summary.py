@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes import N, base, choices, curve, result, scores, text
+from fakes import N, answers, base, choices, curve, result, scores, text
 from smf.errors import ConfigError, DataError
-from smf.summary import Summary, is_non_inferior, summarise
+from smf.summary import Summary, summarise, verdict
 from smf.table import all_tables, as_csv, as_json, caption, label_of, markdown, one_line, print_tables
 
 NASTY = "a|b\n## [red]x[/red] [link=file:///]:smile: <script>*`_\\ \x1b[31m\u202e\r\ud800"
@@ -235,19 +235,45 @@ def test_rows_of_one_method_have_their_rates_beside_their_names():
 # -- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("share", "verdict"), [(0.9, True), (0.5, False), (0.1, False)])
-def test_a_method_is_non_inferior_where_it_is_sure_to_gain_nearly_as_much(share, verdict):
+@pytest.mark.parametrize(("share", "said"), [(0.9, "non-inferior"), (0.5, "may be inferior"), (0.1, "inferior")])
+def test_a_method_is_non_inferior_where_it_is_sure_to_gain_nearly_as_much(share, said):
     summary = study(result("lora", scores(0.5, 0.9), kind="lora"), result("smf", scores(share, 0.9, turn=60)))
-    verdicts = {each.measure.name: is_non_inferior(each) for each in summary.comparisons}
-    assert verdicts == {"held-out": verdict, "near-domain": None, "general-text": None, "overall": None}
-    assert table_of(summary, "Against")[1][0][1].endswith("\nnon-inferior" if verdict else "\nnot non-inferior")
+    verdicts = {each.measure.name: verdict(each) for each in summary.comparisons}
+    assert verdicts == {"held-out": said, "near-domain": "", "general-text": "", "overall": ""}
+    assert table_of(summary, "Against")[1][0][1].endswith(f"\n{said}")
 
 
-def test_equal_methods_are_non_inferior_and_do_not_differ():
+def test_nothing_is_said_from_a_hundred_questions_of_which_hardly_any_differs():
     summary = study(result("lora", scores(0.5), kind="lora"), result("smf", scores(0.5)))
     first = summary.comparisons[0]
-    assert (first.estimate.value, first.adjusted, is_non_inferior(first)) == (0.0, 1.0, True)
-    assert table_of(summary, "Against")[1][0][1] == "+0.0\n[+0.0, +0.0]\np = 1 (McNemar)\nnon-inferior"
+    assert (first.estimate.value, first.adjusted, first.differing, first.clusters) == (0.0, 1.0, 0, N)
+    assert table_of(summary, "Against")[1][0][1] == "+0.0\n[+0.0, +0.0]\np = 1 (McNemar)\ntoo few changed to say"
+    many = {"held-out": choices("target", answers(0.5, n=700))}
+    runs = [result("base", many, kind="base"), result("lora", many, kind="lora"), result("smf", many)]
+    summary = summarise(runs, ["acc"])
+    assert verdict(summary.comparisons[0]) == "non-inferior"  # of 700 at most 3 may differ: less than half a point
+
+
+def test_what_failed_is_named_and_counts_as_tried():
+    runs = [result("smf", scores(0.5), lr=0.1), result("smf", scores(0.6), lr=0.2)]
+    broken = [{"method": "smf", "options": {"lr": 0.4}, "seed": 0, "reason": "a gradient is not finite"}]
+    for failed, interior, rates in (((), False, 2), (broken, True, 3)):
+        summary = summarise([base(), *runs], ["acc"], failed=failed)
+        assert summary.interior == [interior] and summary.rates == [rates]
+        assert ("training failed: smf at lr 0.4" in all_tables(summary)[""][1]) == bool(failed)
+        assert as_json(summary)["failed"] == list(failed)
+
+
+def test_the_smallest_p_that_a_bootstrap_can_give_is_an_upper_bound():
+    summary = study(result("lora", scores(0.5, 0.9, 2.0), kind="lora"), result("smf", scores(0.5, 0.9, 9.0)))
+    cells = table_of(summary, "Against")[1][0]
+    assert "p ≤ 0.0" in cells[3] and "(McNemar)" in cells[1] and "p = " in cells[1]
+
+
+def test_runs_of_several_versions_of_the_code_say_so():
+    runs = [result("a", scores(0.5)) | {"provenance": {"git": version}} for version in ("one", "two")]
+    summary = study(runs[0], runs[1] | {"method": "b"})
+    assert "made by 3 versions of the code" in caption(summary)
 
 
 def test_forgetting_at_equal_gain_is_shown_with_its_share_or_as_not_available():

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,15 @@ def test_finished_run_is_read_not_repeated(world: Path):
     assert time.perf_counter() - start < 1 and file.stat().st_mtime_ns == before
 
 
+def rounded(scores: Any) -> Any:
+    """Floats to six digits: the matrix product of few rows depends in its last bits on where the weights lie."""
+    if isinstance(scores, dict):
+        return {key: rounded(value) for key, value in scores.items()}
+    if isinstance(scores, list):
+        return [rounded(value) for value in scores]
+    return float(f"{scores:.5g}") if isinstance(scores, float) else scores
+
+
 def test_base_scores_are_those_of_the_memory_disabled(world: Path):
     from smf.evaluate import score
 
@@ -86,7 +96,7 @@ def test_base_scores_are_those_of_the_memory_disabled(world: Path):
     base = run_method(recipe, "base")["scores"]
     with model.disable_adapter():
         again = score(model, loaded.tokenizer, recipe, loaded.scored)
-    assert again == base
+    assert rounded(again) == rounded(base)
 
 
 def test_saved_patch_and_adapter_score_as_the_run_did(world: Path):
@@ -96,11 +106,11 @@ def test_saved_patch_and_adapter_score_as_the_run_did(world: Path):
     result = run_method(recipe, "smf")
     folder = result_path(recipe, "smf").parent
     base, patched = evaluate_saved(recipe, adapter=None, patch=str(folder / "patch.smf"))
-    assert base["scores"] == run_method(recipe, "base")["scores"]
-    assert patched["scores"] == result["scores"] != base["scores"]
+    assert rounded(base["scores"]) == rounded(run_method(recipe, "base")["scores"])
+    assert rounded(patched["scores"]) == rounded(result["scores"]) != rounded(base["scores"])
     assert patched["rows_changed"] == result["rows_changed"]
     adapted = evaluate_saved(recipe, adapter=str(folder / "adapter"), patch=None)[1]
-    assert adapted["scores"] == result["scores"]
+    assert rounded(adapted["scores"]) == rounded(result["scores"])
 
 
 def test_all_methods_see_the_same_examples_in_the_same_order(world: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .errors import ConfigError, SmfError
+from .errors import ConfigError, SmfError, TrainingError
+
+if TYPE_CHECKING:
+    from .runs import Runs  # imports are within the functions, so that `smf --help` need not wait for torch
 
 try:
     import tyro
@@ -110,7 +114,7 @@ class Comparing:
     """What of a recipe is compared, and how it is shown."""
 
     methods: tuple[str, ...] = ()
-    """Names of [methods.NAME] tables, beside which the base is always shown; none: all."""
+    """Names of [methods.NAME] tables, beside which the base and that of --against are always shown; none: all."""
     seeds: int = 1
     """How many seeds to run, from the recipe's upwards; five for a claim."""
     against: str | None = None
@@ -125,34 +129,69 @@ def compare(recipe: RecipePath, /, what: Compared = Comparing(), overrides: Opti
     """Train and score every method of a recipe; print the tables and write report.html.
 
     Finished methods are not run again, and a killed run goes on where it stopped. Several such commands may share an
-    output folder, each with runs of its own.
+    output folder, each with runs of its own. Runs at other learning rates that the folder has are points too.
     """
+    from .compare import check_reference
     from .compare import compare as run_all
+    from .files import write_atomically
+    from .recipe_file import to_toml
 
     loaded = overrides.load(recipe)
-    results = run_all(loaded, what.methods, what.seeds)
-    _publish(results, loaded, f"{recipe.stem} on {loaded.base}", what.format, what.against)
+    if what.against is not None:
+        check_reference(loaded, what.against)
+    methods = _with_reference(what.methods, what.against)
+    title = f"{recipe.stem} on {loaded.base}"
+    try:
+        run_all(loaded, methods, what.seeds)
+    except TrainingError:
+        with contextlib.suppress(SmfError):  # where nothing finished there is nothing to show
+            _publish_runs_of(loaded, methods, title, what)
+        raise
+    write_atomically(Path(loaded.output) / "recipe.toml", to_toml(loaded))  # with which smf report shows the same
+    _publish_runs_of(loaded, methods, title, what)
 
 
-def _publish(
-    results: Sequence[dict[str, Any]],
-    recipe: Any,
-    title: str,
-    format: Format,
-    against: str | None = None,
-    gains: Sequence[float] = (),
-    skipped: Mapping[str, str] = {},
-) -> None:
+def _with_reference(methods: tuple[str, ...], against: str | None) -> tuple[str, ...]:
+    """The methods asked for, with that they are compared with; none: all."""
+    return (*methods, against) if methods and against is not None else methods
+
+
+def _publish_runs_of(recipe: Any, methods: Sequence[str], title: str, what: Comparing) -> None:
+    """Publish all that the output folder has of a recipe's methods, as `smf report` does: also what `smf tune` ran."""
+    found = _of_methods(_read([Path(recipe.output)], recipe), methods)
+    finished = any(result["method"] == what.against for result in found.results)
+    _publish(found, title, what.format, what.against if finished else None)
+
+
+def _read(folders: Sequence[Path], recipe: Any = None) -> Runs:
+    """The runs of one comparison; what cannot be used is said."""
+    from .runs import read_runs
+
+    found = read_runs(folders, recipe)
+    for path, reason in found.skipped.items():
+        print(f"smf: skipped {path}: {reason}", file=sys.stderr)
+    return found
+
+
+def _of_methods(found: Runs, methods: Sequence[str]) -> Runs:
+    """The runs of some methods and of the base; none: all."""
+    kept = [r for r in found.results if not methods or r["method"] in methods or r["kind"] == "base"]
+    failed = [r for r in found.failed if not methods or r["method"] in methods]
+    return replace(found, results=kept, failed=failed)
+
+
+def _publish(found: Runs, title: str, format: Format, against: str | None = None, gains: Sequence[float] = ()) -> None:
     """Write report.html, table.md and summary.json into the output folder, and print what was asked for."""
     from .files import write_atomically, write_json
     from .report import write_report
     from .summary import summarise
     from .table import as_csv, as_json, markdown, print_tables
 
-    summary, output = summarise(results, recipe.target.metrics, against, gains), Path(recipe.output)
+    recipe, output = found.recipe, Path(found.recipe.output)
+    summary = summarise(found.results, recipe.target.metrics, against, gains, found.failed)
     write_atomically(output / "table.md", markdown(summary))
     write_json(output / "summary.json", as_json(summary))
-    write_report(summary, output / "report.html", title, _notes(recipe, summary), skipped)
+    write_report(summary, output / "report.html", title, _notes(recipe, summary), found.skipped)
     if format == "table":
         print_tables(summary, title)
     else:
@@ -190,25 +229,20 @@ def report(
 
     Args:
         output: folder for report.html, table.md and summary.json; none: the first of the runs.
-        methods: names of methods, beside which the base is always shown; none: all.
+        methods: names of methods, beside which the base and that of --against are always shown; none: all.
         against: the method that the others are compared with; none: the first LoRA, or full finetuning.
         gain: of the target, at which to read off what each method forgets; none: that of the method compared with.
     """
-    from .runs import read_runs
-
     if not runs:
         raise ConfigError("give the folder of some runs, such as: smf report runs/demo")
-    found = read_runs(runs)
-    for path, reason in found.skipped.items():
-        print(f"smf: skipped {path}: {reason}", file=sys.stderr)
+    found = _read(runs)
     names = {result["method"] for result in found.results}
     unknown = [name for name in methods if name not in names]
     if unknown:
         raise ConfigError(f"there are no runs of {unknown[0]!r}; there are {sorted(names)}")
-    results = [r for r in found.results if not methods or r["method"] in methods or r["kind"] == "base"]
-    recipe = replace(found.recipe, output=str(output or runs[0]))
-    title = f"{', '.join(path.name for path in runs)} on {recipe.base}"
-    _publish(results, recipe, title, format, against, gain, found.skipped)
+    found = _of_methods(found, _with_reference(methods, against))
+    found = replace(found, recipe=replace(found.recipe, output=str(output or runs[0])))
+    _publish(found, f"{', '.join(path.name for path in runs)} on {found.recipe.base}", format, against, gain)
 
 
 def demo(what: Compared = Comparing(), overrides: Options = Overrides()) -> None:
@@ -236,11 +270,11 @@ def tune(
     from .files import write_atomically, write_json
     from .recipe_file import to_toml
     from .tune import tune as run_all
-    from .tune import tuned_recipe, tuning_table
+    from .tune import tuned_recipe, tuning_table, with_earlier
 
     loaded = overrides.load(recipe)
     output = Path(loaded.output)
-    tuned = run_all(loaded, methods, points, factor)
+    tuned = with_earlier(loaded, run_all(loaded, methods, points, factor), output / "tune.json")
     table = tuning_table(tuned)
     write_json(output / "tune.json", tuned)
     write_atomically(output / "tune.md", table)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from .data import Loaded
 from .errors import ConfigError, TrainingError
-from .files import write_atomically
+from .files import write_atomically, write_json
 from .jobs import LOCK, Job, run_jobs, start_server
 from .prepare import load
 from .recipe import Recipe
 from .recipe_file import to_toml
-from .runs import read_result
+from .runs import FAILED, read_result
 
 Run = tuple[Recipe, str]  # a recipe, and the name of one of its methods
 PRELOADED = ["smf.train", "datasets", "lm_eval.models.huggingface"]  # seconds to import
@@ -51,7 +51,7 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[di
     if failed:
         raise TrainingError(
             f"these methods did not finish: {[_title(*run) for run in failed]}; what went wrong is printed above. The "
-            f"others are kept in {recipe.output}; the same command goes on where it stopped"
+            f"others are kept, `smf report {recipe.output}` shows them; the same command goes on where it stopped"
         )
     return [read_result(result_path(*run)) for run in runs]
 
@@ -63,6 +63,13 @@ def check_names(recipe: Recipe, names: Sequence[str]) -> None:
         raise ConfigError(
             f"the recipe has no [methods.{unknown[0]}]; its methods: {sorted(recipe.methods)}; separate names by blanks"
         )
+
+
+def check_reference(recipe: Recipe, name: str) -> None:
+    """Refuse what the methods cannot be compared with."""
+    names = [each for each, method in recipe.methods.items() if method.kind != "base"]
+    if name not in names:
+        raise ConfigError(f"there is no method {name!r} to compare with; there are {sorted(names)}")
 
 
 def run_missing(recipe: Recipe, runs: Sequence[Run]) -> list[Run]:
@@ -103,11 +110,18 @@ def _title(recipe: Recipe, name: str) -> str:
 
 
 def _run(recipe: Recipe, name: str, loaded: Loaded) -> None:
-    """In a process of its own: one run."""
+    """In a process of its own: one run; one whose training fails leaves the reason, which reports show."""
     from .train import run_method
 
     quiet_known_warnings()
-    run_method(recipe, name, loaded)
+    failed = result_path(recipe, name).with_name(FAILED)
+    try:
+        run_method(recipe, name, loaded)
+    except TrainingError as error:
+        run = {"method": name, "options": asdict(recipe.methods[name]), "seed": recipe.seed}
+        write_json(failed, run | {"comparison": recipe.comparison_id(), "reason": str(error)})
+        raise
+    failed.unlink(missing_ok=True)
 
 
 def quiet_known_warnings() -> None:

@@ -79,13 +79,21 @@ def example_divergences(
             batch = examples[i : i + batch_size]
             inputs = {k: v.to(device) for k, v in collate(batch).items()}
             learned_BS = inputs.pop("labels")[:, 1:] != -100
-            logits_LV = [m(**inputs).logits[:, :-1][learned_BS].float() for m in (base, model)]  # L labelled positions
-            was_LV, is_LV = (F.log_softmax(logits, -1) for logits in logits_LV)
-            kl_L = F.kl_div(is_LV, was_LV, reduction="none", log_target=True).sum(-1)
+            logits_LV = [m(**inputs).logits[:, :-1][learned_BS] for m in (base, model)]  # L labelled positions
+            some = zip(
+                *(each.split(1024) for each in logits_LV), strict=True
+            )  # whole vocabularies in float32 are large
+            kl_L = torch.cat([_divergence_of(was, now) for was, now in some])
             kl_BS = kl_L.new_zeros(learned_BS.shape).masked_scatter(learned_BS, kl_L).double()
             for example, nats, tokens in zip(batch, kl_BS.sum(-1).tolist(), learned_BS.sum(-1).tolist(), strict=True):
                 records.append({"id": example.id, "nats": nats, "tokens": tokens})
     return records
+
+
+def _divergence_of(was_LV: Tensor, is_LV: Tensor) -> Tensor:
+    """KL(was || is) `[L]`, of logits."""
+    was_LV, is_LV = (F.log_softmax(logits.float(), -1) for logits in (was_LV, is_LV))
+    return F.kl_div(is_LV, was_LV, reduction="none", log_target=True).sum(-1)
 
 
 def nats_per_token(records: Sequence[dict[str, Any]]) -> float:

@@ -148,36 +148,11 @@ def fit(
         name: shown beside the progress.
         on_the_way: scores before the end.
     """
-    options = recipe.train
-    per_step = options.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-    if options.batch_size % per_step:
-        raise ConfigError(
-            f"batch_size = {options.batch_size} is not a multiple of micro_batch_size x ranks = {per_step}"
-        )
+    arguments = _arguments(recipe, folder / "checkpoints", steps, prepared.max_grad_norm)
     checkpoint = newest_complete(folder / "checkpoints", tidy=is_main())
     if checkpoint is not None:
         print(f"smf: {name}: resuming from {checkpoint}", file=sys.stderr)
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=options.micro_batch_size,
-        gradient_accumulation_steps=options.batch_size // per_step,
-        train_sampling_strategy="sequential",
-        lr_scheduler_type=options.schedule,
-        warmup_steps=options.warmup_steps,
-        max_grad_norm=prepared.max_grad_norm,
-        logging_steps=max(1, min(10, steps // 20)),
-        save_strategy="steps",
-        save_steps=options.save_every,
-        save_total_limit=2,  # while one is being written, the one before is whole
-        seed=recipe.seed,
-        report_to=[],
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
     trainer = RunTrainer(
         model=prepared.model,
         args=arguments,
@@ -195,6 +170,35 @@ def fit(
     trainer.started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.seconds()
+
+
+def _arguments(recipe: Recipe, checkpoints: Path, steps: int, max_grad_norm: float) -> TrainingArguments:
+    options = recipe.train
+    per_step = options.micro_batch_size * int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    if options.batch_size % per_step:
+        raise ConfigError(
+            f"batch_size = {options.batch_size} is not a multiple of micro_batch_size x ranks = {per_step}"
+        )
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=options.micro_batch_size,
+        gradient_accumulation_steps=options.batch_size // per_step,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup_steps,
+        max_grad_norm=max_grad_norm,
+        logging_steps=max(1, min(10, steps // 20)),
+        save_strategy="steps",
+        save_steps=options.save_every,
+        save_total_limit=2,  # while one is being written, the one before is whole
+        seed=recipe.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
 
 
 def steps_of(steps: int, epochs: float, examples: int, batch_size: int) -> int:

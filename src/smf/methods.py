@@ -172,8 +172,7 @@ def smf(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
     """Rows of the memory that `attach` added (and healing may have trained)."""
     set_train(model, method.train)
     background = None
-    if method.rule in ("kl", "tfidf"):
-        assert recipe.background is not None  # checked with the recipe
+    if recipe.background is not None:  # also where the rule does not look at it: the log says who writes its hubs
         length = recipe.background.max_length
         background = read_background(model, loaded.background, tokenizer=loaded.tokenizer, max_length=length)
     optimizer = SparseMemoryOptimizer(

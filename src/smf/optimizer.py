@@ -34,7 +34,7 @@ class StepReport:
         rows: ids of the rows chosen in each layer, ascending.
         rows_read: how many rows each layer read.
         reads: how many reads (hits) each layer counted, over all micro-batches and ranks.
-        hub_share: which share of what each layer counted fell on the one percent of its rows that were read most.
+        hub_share: which share of each layer's hits fell on the one percent of its rows that were read most.
         grad_norm: norm over the chosen rows and the other trainable parameters, before clipping.
     """
 
@@ -209,7 +209,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         report.reads[layer] = 0
         for i, group in enumerate(groups):
             reads = ranks.sum_reads(count_reads(group, self.reads_kind, memory.values.device))
-            report.reads[layer] += reads.hits
+            report.reads[layer] += int(reads.hits_R.sum())
             if not bool(reads.c_R.isfinite().all()):
                 raise TrainingError(self._not_finite("a gradient"))
             rows = reads.rows_R
@@ -218,7 +218,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
                 scores_R = score_rows(self._score, reads, layer, self.background, memory.shape.n_rows, generator)
                 rows = select_rows(reads, scores_R, self.rows_per_step)
             rows_read.append(reads.rows_R)
-            hubs.append(hub_share(reads.c_R, memory.shape.n_rows))
+            hubs.append(hub_share(reads.hits_R, memory.shape.n_rows))
             chosen.append(rows)
             grads.append(row_gradient(group, rows, memory.values))
         device = memory.values.device

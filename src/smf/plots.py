@@ -184,10 +184,10 @@ def families(summary: Summary, measure: Measure, key: str) -> list[Family]:
     """Methods that differ in nothing but the learning rate and the option `key`, over the values of that option."""
     numbers, groups = numbers_of_methods(summary), {}
     for place, row in enumerate(summary.rows):
-        options = row.runs[0].get("options", {})
-        if key in options and sum(other.method == row.method for other in summary.rows) == 1:
+        value = _layers(row.runs[0]) if key == "layers" else row.runs[0].get("options", {}).get(key)
+        if value is not None and sum(other.method == row.method for other in summary.rows) == 1:
             group = groups.setdefault(json_hash(_options(row, ("lr", "axes", key))), [])
-            group.append((options[key], numbers[row.method], row.method, estimate_of(summary, place, measure)))
+            group.append((value, numbers[row.method], row.method, estimate_of(summary, place, measure)))
     found = []
     for members in groups.values():
         members.sort(key=lambda member: _order(member[0]))
@@ -196,9 +196,17 @@ def families(summary: Summary, measure: Measure, key: str) -> list[Family]:
     return found
 
 
+def _layers(run: dict[str, Any]) -> list[int] | str | None:
+    """Of a method that names none: of an adapter all, of a memory those whose rows changed; None: it is not known."""
+    given = run.get("options", {}).get("layers")
+    if given is not None or run["kind"] in ("lora", "oft", "osf", "shira"):
+        return "all" if given is None else given
+    return sorted(int(layer) for layer in run.get("rows_by_layer", {}) if layer.isdecimal()) or None
+
+
 def _order(value: Any) -> tuple[float, list[Any]]:
-    """Numbers by size; lists of layers by their length, then by their layers; no list, which is all layers, last."""
-    if value is None:
+    """Numbers by size; lists of layers by their length, then by their layers; all layers last."""
+    if isinstance(value, str):
         return math.inf, []
     return (len(value), value) if isinstance(value, list) else (value, [])
 
@@ -224,6 +232,7 @@ def svg_of(figure: Figure, name: str, label: str, tips: Mapping[int, str]) -> Ma
     # hundredths of a point, and paths without line breaks
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]).replace(" \n", ""), svg)
     svg = re.sub(r"\n\s*", "\n", svg)
+    svg = re.sub(r'(<g clip-path="[^"]*")>\n((?:<use [^>]*/>\n)+)', _with_one_style, svg)
     svg = re.sub(rf"{TONE}0([0-9])", r"var(--tone-\1)", svg).replace(INK, "currentColor").replace(PAPER, "var(--paper)")
     svg = re.sub(r'(<g id="([a-z]+)-\d+-family-(\d+)[a-z]*")>', r'\1 data-family="\2-\3">', svg)
     svg = re.sub(
@@ -232,6 +241,14 @@ def svg_of(figure: Figure, name: str, label: str, tips: Mapping[int, str]) -> Ma
         svg,
     )
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
+
+
+def _with_one_style(marks: re.Match[str]) -> str:
+    """A group of marks that look alike, with their look said once, which takes half the room."""
+    style = re.search(r' style="[^"]*"', marks[2])
+    if style is None or marks[2].count(style[0]) != marks[2].count("<use "):
+        return marks[0]
+    return f"{marks[1]}{style[0]}>\n{marks[2].replace(style[0], '')}"
 
 
 def look(number: int, name: str, plot: str, panel: int, part: int | str = "") -> dict[str, Any]:
@@ -257,14 +274,16 @@ def limits(values: Sequence[float], kept: Sequence[float]) -> tuple[float, float
     return low - pad, high + pad
 
 
-def draw_front(found: Sequence[Cloud], gain: Measure, loss: Measure, panel: int) -> tuple[Markup, int]:
-    """Forgetting against gain, and how many points lie beyond the frame."""
+def draw_front(
+    found: Sequence[Cloud], gain: Measure, loss: Measure, panel: int, small: bool = True
+) -> tuple[Markup, int]:
+    """Forgetting against gain, and how many points lie beyond the frame; `small`: with a mark for each point."""
     figure = Figure(figsize=(5.8, 4.5))
     axes = figure.add_subplot(xlabel=f"learned, {gain.unit}", ylabel=f"forgotten, {loss.unit}")
     axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
     axes.axvline(0, color=INK, linewidth=0.8, alpha=0.5)
     for cloud in found:
-        _draw_cloud(axes, cloud, panel)
+        _draw_cloud(axes, cloud, panel, small)
     axes.plot([0], [0], "o", color=PAPER, markeredgecolor=INK, markersize=6, zorder=2)
     axes.annotate("base", (0, 0), (5, -13), textcoords="offset points", fontsize=10)
     chosen = [pair for cloud in found for pair in cloud.chosen]
@@ -282,13 +301,14 @@ def draw_front(found: Sequence[Cloud], gain: Measure, loss: Measure, panel: int)
     return svg_of(figure, f"front-{panel}", label, tips), outside
 
 
-def _draw_cloud(axes: Axes, cloud: Cloud, panel: int) -> None:
+def _draw_cloud(axes: Axes, cloud: Cloud, panel: int, small: bool) -> None:
     number, name = cloud.number, cloud.name
     if len(cloud.gains) > len(cloud.chosen):  # more than what the large marks show
         front = [[values[place] for place in cloud.front] for values in (cloud.gains, cloud.losses)]
         axes.plot(*front, linewidth=1.1, alpha=0.55, **look(number, name, "front", panel, "front"))
-        small = {"markersize": 4, "markeredgewidth": 0, "alpha": 0.5, "linestyle": "none"}
-        axes.plot(cloud.gains, cloud.losses, shape(number), **small, **look(number, name, "front", panel, "points"))
+        if small:
+            faint = {"markersize": 4, "markeredgewidth": 0, "alpha": 0.5, "linestyle": "none"}
+            axes.plot(cloud.gains, cloud.losses, shape(number), **faint, **look(number, name, "front", panel, "points"))
     for part, (x, y) in enumerate(cloud.chosen):
         cross = [x.low, x.high, math.nan, x.value, x.value], [y.value, y.value, math.nan, y.low, y.high]
         axes.plot(*cross, linewidth=1, alpha=0.65, **look(number, name, "front", panel, f"cross{part}"))
@@ -371,7 +391,9 @@ def draw_families(found: Sequence[Family], measure: Measure, plot: str, panel: i
 
 
 def _told(value: Any) -> str:
-    return "default" if value is None else " + ".join(map(str, value)) if isinstance(value, list) else f"{value:,}"
+    if isinstance(value, str):
+        return value
+    return " + ".join(map(str, value)) if isinstance(value, list) else f"{value:,}"
 
 
 def draw_logs(found: Mapping[str, Sequence[Line]], plot: str, panel: int, label: str) -> Markup:

@@ -21,10 +21,10 @@ def sum_reads(reads: Reads) -> Reads:
     if world == 1:
         return reads
     device = reads.rows_R.device
-    size = torch.tensor([len(reads.rows_R), reads.hits], device=device)
+    size = torch.tensor([len(reads.rows_R)], device=device)
     sizes = [torch.zeros_like(size) for _ in range(world)]
     dist.all_gather(sizes, size)
-    lengths, hits = torch.stack(sizes).T.tolist()
+    lengths = torch.cat(sizes).tolist()
     longest = max(lengths)
 
     def gather(mine: Tensor) -> list[Tensor]:
@@ -34,12 +34,14 @@ def sum_reads(reads: Reads) -> Reads:
         dist.all_gather(all_ranks, padded)
         return [column[:length] for column, length in zip(all_ranks, lengths, strict=True)]
 
-    rows, counts = gather(reads.rows_R), gather(reads.c_R)
+    rows, counts, hits = gather(reads.rows_R), gather(reads.c_R), gather(reads.hits_R)
     all_rows = torch.unique(torch.cat(rows))
-    total = torch.zeros(len(all_rows), dtype=torch.float64, device=device)
-    for rank_rows, rank_counts in zip(rows, counts, strict=True):  # in rank order: no rounding differs between ranks
-        total[find(all_rows, rank_rows)[0]] += rank_counts
-    return Reads(all_rows, total, int(sum(hits)))
+    total_c, total_hits = counts[0].new_zeros(len(all_rows)), hits[0].new_zeros(len(all_rows))
+    for rank_rows, c, h in zip(rows, counts, hits, strict=True):  # in rank order: no rounding differs between ranks
+        place = find(all_rows, rank_rows)[0]
+        total_c[place] += c
+        total_hits[place] += h
+    return Reads(all_rows, total_c, total_hits)
 
 
 def mean_(tensor: Tensor) -> None:

@@ -46,8 +46,8 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     table |= {key: value for key, value in overrides.items() if value is not None}
     methods = table.get("methods")
     if isinstance(methods, dict):
-        table["methods"] = {n: m for name, method in methods.items() for n, m in _expanded(name, method, file.name)}
-    recipe = _build(Recipe, table, file.name)
+        table["methods"] = _named([m for item in methods.items() for m in _expanded(*item, file.name)], file.name)
+    recipe = build(Recipe, table, file.name)
     _check(recipe, file.name)
     return recipe
 
@@ -68,6 +68,21 @@ def _expanded(name: str, method: Any, where: str) -> list[tuple[str, Any]]:
         chosen = dict(zip(axes, values, strict=True))
         expanded.append(("-".join([name, *(_labelled(*item) for item in chosen.items())]), plain | chosen))
     return expanded
+
+
+def _named(methods: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """The methods by name; a name is part of a folder's, and two methods cannot share one."""
+    named: dict[str, Any] = {}
+    for name, method in methods:
+        if not name or name.startswith(".") or any(mark in name for mark in "/\\\0"):
+            raise ConfigError(
+                f"{where}: a method is named {name!r}, but its runs' folders begin with that; expected a name that is "
+                "not empty, does not begin with a dot, and has no slash, backslash or NUL"
+            )
+        if name in named:
+            raise ConfigError(f"{where}: two methods are named {name!r} once axes are written out; rename one of them")
+        named[name] = method
+    return named
 
 
 def _labelled(key: str, value: Any) -> str:
@@ -105,7 +120,7 @@ def _value(value: Any) -> str:
     return repr(value)
 
 
-def _build(cls: type, table: Any, where: str) -> Any:
+def build(cls: type, table: Any, where: str) -> Any:
     """A dataclass from a TOML table; unknown keys and wrong types are refused by name."""
     if not isinstance(table, dict):
         raise ConfigError(f"{where} must be a table; got {table!r}")
@@ -124,7 +139,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is types.UnionType:  # X | None
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
+        return build(typing.cast(type, hint), value, where)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{where} = {value!r}; expected one of {list(arguments)}")
@@ -156,11 +171,11 @@ AT_LEAST_ONE = {
 }
 
 
-def _check_numbers(table: dict[str, Any], where: str) -> None:
+def check_numbers(table: dict[str, Any], where: str) -> None:
     """Every number of a recipe is finite and not negative (but for layer indices, which the model checks)."""
     for key, value in table.items():
         if isinstance(value, dict) and key != "options":
-            _check_numbers(value, f"{where}: {key}")
+            check_numbers(value, f"{where}: {key}")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             least = 1 if key in AT_LEAST_ONE else 0
             if not least <= value < float("inf"):
@@ -169,7 +184,7 @@ def _check_numbers(table: dict[str, Any], where: str) -> None:
 
 def _check(recipe: Recipe, where: str) -> None:
     train = recipe.train
-    _check_numbers(dataclasses.asdict(recipe), where)
+    check_numbers(dataclasses.asdict(recipe), where)
     if train.batch_size % train.micro_batch_size:
         raise ConfigError(
             f"{where}: batch_size = {train.batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}"

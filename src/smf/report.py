@@ -5,9 +5,9 @@ The template lays out the page and its tables; here is what they are made of.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,23 @@ from markupsafe import Markup
 from . import plots
 from .errors import DataError
 from .files import write_atomically
+from .logs import Get, Log, averaged, quantities, read_log
 from .plots import Line, number_text
 from .stats import Estimate, flips
-from .study import VALIDATION, Point
-from .summary import MARGIN, Column, Summary, is_non_inferior
+from .study import VALIDATION, Comparison, Measure, Point
+from .summary import MARGIN, Column, Summary, verdict
 from .table import COSTS, digits_of, label_of, mean_cost, methods_at_a_time, over_what
 from .tasks import find_task
 
-LISTED = 1_200_000  # bytes of questions and answers that a page holds at most,
-FULL = 2_600_000  # and bytes of these and the drawings together, but for a quarter of `LISTED`
-LOGGED = 40  # points of a line over logged steps; more are averaged
-
-Log = list[dict[str, Any]]  # the lines of a metrics.jsonl
-Get = Callable[[dict[str, Any]], float | None]  # a number of a line, if it has it
+FULL = 2_900_000  # bytes that a page holds at most,
+LISTED = 1_200_000  # of these questions and answers, which take what the drawings leave,
+LISTED_LEAST = 300_000  # and for whose sake drawings leave out some of
+OMITTED = (  # in this order
+    "the small marks of points that are not in the table",
+    "the panels of single probes",
+    "the curves of the memory’s layers",
+    "all other drawings",
+)
 
 
 def write_report(
@@ -40,47 +44,78 @@ def write_report(
 ) -> None:
     """Write a self-contained page that compares methods; equal input gives equal bytes.
 
+    Of very many methods the page leaves out some of `OMITTED`, and says so.
+
     Args:
-        summary: what the page shows. Training is drawn from the metrics files in the runs' folders, where they are.
+        summary: what the page shows. Training is drawn from the metrics files in the runs' folders, where they are;
+            a broken one is named on the page and on stderr.
         path: of the HTML file.
         title: of the page.
         notes: plain sentences below the title, such as the command that made the page.
         skipped: runs that could not be used, and why, by path.
-
-    Raises:
-        DataError: where a metrics file is broken.
     """
-    rows, labels = _rows(summary), dict.fromkeys(each.label for each in summary.matched)
-    by_point = {row.point: row for row in rows}
+    rows = _rows(summary)
+    logs, broken = _logs(rows)
+    for file, reason in broken.items():
+        print(f"smf: skipped {file}: {reason}", file=sys.stderr)
+    left_out = [*_failed(summary), *(f"{each}: {reason}" for each, reason in (*skipped.items(), *broken.items()))]
+    shown = _shown(summary, rows) | {"title": title, "notes": notes, "left_out": left_out, "omitted": ()}
+    template = _template()
     with matplotlib.rc_context():
         plots.start()
-        drawn = {"fronts": _fronts(summary), "curves": _curves(summary), "families": _families(summary)}
-        drawn |= _training(rows)
-    room = max(LISTED // 4, min(LISTED, FULL - len(str(drawn))))
+        shown |= _drawings(summary, rows, logs)
+        while (room := FULL - len(_encoded(template.render(shown, answers=None)))) < LISTED_LEAST:
+            if shown["omitted"] == OMITTED:
+                break
+            shown |= _fewer(summary, shown)
+    page = template.render(shown, **_answers(summary, rows, min(LISTED, room)))
+    write_atomically(path, _encoded(page))
+
+
+def _encoded(page: str) -> bytes:
+    return page.encode("utf-8", "replace")  # half a surrogate pair in the data is no reason to fail
+
+
+def _template() -> jinja2.Template:
     options: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     options |= {"trim_blocks": True, "lstrip_blocks": True, "loader": jinja2.FileSystemLoader(Path(__file__).parent)}
     environment = jinja2.Environment(**options)
     environment.globals |= {"number": number_text, "span": span, "sure": sure, "digits_of": digits_of}
-    environment.globals |= {"score": _score, "p_text": p_text, "count": count_text, "is_non_inferior": is_non_inferior}
-    page = environment.get_template("report.html.jinja").render(
-        title=title,
-        notes=list(notes),
-        skipped=dict(skipped),
-        summary=summary,
-        rows=rows,
-        numbers=plots.numbers_of_methods(summary),
-        seeds=max((len(row.point.runs) for row in rows), default=1),
-        over=over_what({row.label: len(row.point.runs) for row in rows if row.place >= 0}) if summary.rows else "",
-        tried=" or ".join(map(str, sorted({n for n, row in zip(summary.rates, summary.rows, strict=False) if row.lr}))),
-        compared=[(by_point[point], found) for point, found in summary.compared() if found],
-        matched=[[m for m in summary.matched if m.label == label] for label in labels],
-        margin=MARGIN,
-        at_a_time=methods_at_a_time([run for row in rows for run in row.point.runs]),
-        chosen=_was_chosen(summary),
-        **drawn,
-        **_answers(summary, rows, room),
-    )
-    write_atomically(path, page.encode("utf-8", "replace"))  # half a surrogate pair in the data is no reason to fail
+    environment.globals |= {"score": _score, "p_text": p_text, "count": count_text, "verdict_of": verdict}
+    return environment.get_template("report.html.jinja")
+
+
+def _shown(summary: Summary, rows: Sequence[Row]) -> dict[str, Any]:
+    """For the template: all but drawings and lists of questions."""
+    by_point = {row.point: row for row in rows}
+    labels = dict.fromkeys(each.label for each in summary.matched)
+    matched = [[each for each in summary.matched if each.label == label] for label in labels]
+    seeds = {row.label: len(row.point.runs) for row in rows if row.place >= 0}
+    tried = {n for n, row in zip(summary.rates, summary.rows, strict=False) if row.lr}
+    return {
+        "summary": summary,
+        "rows": rows,
+        "target": next((measure.name for measure in plots.drawn_measures(summary)), ""),
+        "numbers": plots.numbers_of_methods(summary),
+        "seeds": max((len(row.point.runs) for row in rows), default=1),
+        "over": over_what(seeds) if summary.rows else "",
+        "tried": " or ".join(map(str, sorted(tried))),
+        "compared": [(by_point[point], found) for point, found in summary.compared() if found],
+        "matched": [(tables, any(share for each in tables for share in each.ratios.values())) for tables in matched],
+        "margin": MARGIN,
+        "at_a_time": methods_at_a_time([run for row in rows for run in row.point.runs]),
+        "chosen": _was_chosen(summary),
+    }
+
+
+def _failed(summary: Summary) -> list[str]:
+    """The runs whose training failed."""
+    found = []
+    for run in summary.failed:
+        rate, seed = run["options"].get("lr", 0.0), run["seed"]
+        which = f"{run['method']}{f' at lr {rate:g}' if rate else ''}{f', seed {seed}' if seed else ''}"
+        found.append(f"{which}: training failed ({run['reason']})")
+    return found
 
 
 # -- rows and cells of the tables -------------------------------------------------------------------------------------
@@ -173,9 +208,10 @@ def sure(e: Estimate, null: float = 0.0, digits: int = 12, scale: float = 1.0) -
     return (e.low > null or e.high < null) and round(scale * e.value, digits) != null
 
 
-def p_text(value: float) -> str:
-    """A p-value."""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+def p_text(c: Comparison) -> str:
+    """The adjusted p-value; a bound, where it would be smaller with more draws of the bootstrap."""
+    sign, digits = "≤" if c.p <= c.least else "=", 3 if c.adjusted < 0.1 else 2
+    return "p < 0.001" if c.adjusted < 0.001 else f"p {sign} {c.adjusted:.{digits}f}"
 
 
 def count_text(value: float) -> str:
@@ -250,14 +286,48 @@ def _flip(question: int, how: tuple[int, int, Any], texts: dict[str, int]) -> tu
 # -- plots ------------------------------------------------------------------------------------------------------------
 
 
-def _fronts(summary: Summary) -> dict[str, Any]:
+def _drawings(summary: Summary, rows: Sequence[Row], logs: Mapping[int, Sequence[Log]]) -> dict[str, Any]:
+    """All drawings."""
+    drawn = {"fronts": _fronts(summary), "curves": _curves(summary), "families": _families(summary)}
+    return drawn | {"loss": _loss(rows, logs), "layers": _layers(rows, logs)}
+
+
+def _fewer(summary: Summary, drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """The drawings that are others once the next of `OMITTED` is left out too."""
+    omitted = OMITTED[: len(drawn["omitted"]) + 1]
+    if len(omitted) == 1:
+        fewer = {"fronts": _fronts(summary, small=False)}
+    elif len(omitted) == 2:
+        fewer = _of_measures(drawn, plots.drawn_measures(summary)[:2])
+    elif len(omitted) == 3:
+        fewer = {"layers": []}
+    else:
+        fewer = _of_measures(drawn, []) | {"loss": None}
+    return fewer | {"omitted": omitted}
+
+
+def _of_measures(drawn: Mapping[str, Any], kept: Sequence[Measure]) -> dict[str, Any]:
+    """The panels of some measures alone."""
+
+    def of(found: Sequence[tuple[Measure, Markup]]) -> list[tuple[Measure, Markup]]:
+        return [(measure, svg) for measure, svg in found if measure in kept]
+
+    families = drawn["families"].items() if kept else []
+    return {
+        "fronts": drawn["fronts"] | {"plots": of(drawn["fronts"]["plots"])},
+        "curves": {plot: of(found) for plot, found in drawn["curves"].items() if kept},
+        "families": {plot: found | {"plots": of(found["plots"])} for plot, found in families},
+    }
+
+
+def _fronts(summary: Summary, small: bool = True) -> dict[str, Any]:
     """For each probe and over all, forgetting against learning of the first target set."""
     measures = plots.drawn_measures(summary)
-    found: dict[str, Any] = {"plots": [], "target": measures[0].name if measures else "", "outside": 0}
+    found: dict[str, Any] = {"plots": [], "outside": 0, "small": small}
     if measures and measures[0].role == "gain":
         for panel, loss in enumerate(measures[1:]):
             clouds = plots.clouds(summary, measures[0], loss)
-            svg, outside = plots.draw_front(clouds, measures[0], loss, panel)
+            svg, outside = plots.draw_front(clouds, measures[0], loss, panel, small)
             found["plots"].append((loss, svg))
             found["outside"] = max(found["outside"], outside)
     return found
@@ -291,48 +361,35 @@ def _families(summary: Summary) -> dict[str, Any]:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def _training(rows: Sequence[Row]) -> dict[str, Any]:
-    """Drawings of the loss and, for each memory layer, of what a step read and wrote."""
-    logs = {row.place: [_log(run.get("folder")) for run in row.point.runs] for row in rows if row.place >= 0}
-    loss = {"training loss, nats per token": lambda line: line.get("loss")}
-    found: dict[str, Any] = {"loss": _drawn(rows, logs, loss, "loss", 0, "Training loss over the steps"), "layers": []}
+def _logs(rows: Sequence[Row]) -> tuple[dict[int, list[Log]], dict[str, str]]:
+    """What the runs of each row logged, by its place, and which files are broken and why; a run need not have one."""
+    logs: dict[int, list[Log]] = {}
+    broken: dict[str, str] = {}
+    for row in rows:
+        for run in row.point.runs if row.place >= 0 else []:
+            path = Path(run.get("folder") or "") / "metrics.jsonl"
+            if run.get("folder") and path.exists():
+                try:
+                    logs.setdefault(row.place, []).append(read_log(path))
+                except DataError as error:
+                    broken[str(path)] = f"its curves are left out, as {error}"
+    return logs, broken
+
+
+def _loss(rows: Sequence[Row], logs: Mapping[int, Sequence[Log]]) -> Markup | None:
+    gets: dict[str, Get] = {"training loss, nats per token": lambda line: line.get("loss")}
+    return _drawn(rows, logs, gets, "loss", 0, "Training loss over the steps")
+
+
+def _layers(rows: Sequence[Row], logs: Mapping[int, Sequence[Log]]) -> list[tuple[str, Markup]]:
+    """For each memory layer, what a step read and wrote."""
     layers = {layer for each in logs.values() for log in each for line in log for layer in line.get("rows", {})}
+    found = []
     for panel, layer in enumerate(sorted(layers, key=_layer_order)):
         label = f"Rows of layer {layer} that a step read and wrote, and the share of hubs in both"
-        if svg := _drawn(rows, logs, _quantities(layer), "memory", panel, label):
-            found["layers"].append((layer, svg))
+        if svg := _drawn(rows, logs, quantities(layer), "memory", panel, label):
+            found.append((layer, svg))
     return found
-
-
-def _log(folder: str | None) -> Log:
-    """The lines of a run's metrics file; none where there is no such file."""
-    path = Path(folder or "") / "metrics.jsonl"
-    if not folder or not path.is_file():
-        return []
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as cause:
-            raise DataError(f"{path}, line {number} is not JSON: {line[:80]!r}") from cause
-    return lines
-
-
-def _quantities(layer: str) -> dict[str, Get]:
-    """Of a line of a metrics file, by title."""
-
-    def of(line: dict[str, Any], key: str) -> Any:
-        return line.get(key, {}).get(layer)
-
-    def percent(part: float | None, whole: float | None) -> float | None:
-        return 100 * part / whole if part is not None and whole else None
-
-    return {
-        "rows read": lambda line: of(line, "rows_read"),
-        "rows written": lambda line: of(line, "rows"),
-        "reads on top rows, %": lambda line: percent(of(line, "hub_share"), 1),
-        "hubs written, %": lambda line: percent(of(line, "hubs_written"), of(line, "rows")),
-    }
 
 
 def _drawn(
@@ -346,19 +403,3 @@ def _drawn(
             if x:
                 found.setdefault(title, []).append(Line(row.number, row.label, x, y))
     return plots.draw_logs(found, plot, panel, label) if found else None
-
-
-def averaged(logs: Sequence[Log], get: Get) -> tuple[list[float], list[float]]:
-    """Steps and values, averaged over seeds and, of more than `LOGGED` steps, over neighbours."""
-    by_step: dict[int, list[float]] = {}
-    for log in logs:
-        for line in log:
-            value = get(line)
-            if value is not None and math.isfinite(value):
-                by_step.setdefault(line["step"], []).append(value)
-    several = max(map(len, by_step.values()), default=0)
-    whole = sorted((step, sum(v) / len(v)) for step, v in by_step.items() if len(v) == several)
-    size = max(1, math.ceil(len(whole) / LOGGED))
-    blocks = [whole[start : start + size] for start in range(0, len(whole), size)]
-    x, y = ([sum(point[side] for point in block) / len(block) for block in blocks] for side in (0, 1))
-    return x, y

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, DataError
+from .evaluate import mean_of
 from .fingerprint import json_hash
-from .recipe import Recipe
-from .recipe_file import load_recipe
+from .recipe import Method, Recipe
+from .recipe_file import build, check_numbers, load_recipe
 from .tasks import TASKS
 
 FORMAT = 1  # of result.json
 ROLES = ("target", "probe", "validation", "divergence")
+LARGEST = 1e100  # finite numbers that are larger are no measurement; sums and drawings of them overflow
 NUMBER = (int, float)
 Kinds = dict[str, type | tuple[type, ...]]
 NEEDED: Kinds = {"method": str, "kind": str, "seed": int, "steps": int, "options": dict, "comparison": str}
@@ -45,22 +49,12 @@ def read_result(path: Path) -> dict[str, Any]:
     _expect(result, NEEDED, "")
     _expect(result, {key: kind for key, kind in OPTIONAL.items() if key in result}, "")
     _expect(result, {key: NUMBER for key in COSTS if result.get(key) is not None}, "")
-    if "lr" in result["options"]:
-        _expect(result["options"], {"lr": NUMBER}, "options.")
+    _check_options(result["options"])
+    by_layer = result.get("rows_by_layer", {})
+    _expect(by_layer, dict.fromkeys(by_layer, NUMBER), "rows_by_layer.")
     machine = result.get("provenance", {}).get("machine", {})
     _expect({"jobs": 1} | machine if isinstance(machine, dict) else machine, {"jobs": int}, "provenance.machine.")
-    moments = [*result.get("on_the_way", []), {"step": result["steps"], "share": 1.0, "scores": result.get("scores")}]
-    for moment in moments:
-        _expect(moment, MOMENT, "")
-        if set(moment) != set(MOMENT):
-            raise DataError(f"on_the_way has the keys {sorted(moment)}; expected {sorted(MOMENT)}")
-        if not 0 < moment["share"] < 1 and moment is not moments[-1]:
-            raise DataError(f"on_the_way has a share of {moment['share']}; expected one between 0 and 1")
-        for name, score in moment["scores"].items():
-            _check_score(score, f"scores.{name}: ")
-    scored = [_examples(moment["scores"]) for moment in moments]
-    if any(examples != scored[-1] for examples in scored):
-        raise DataError("on its way it was scored on other examples, or by other metrics, than at its end")
+    _check_moments(result)
     return result | {"folder": str(path.parent)}
 
 
@@ -70,6 +64,45 @@ def _expect(table: Any, keys: Kinds, where: str) -> None:
         if not isinstance(value, kind) or isinstance(value, bool):
             name = "number" if kind == NUMBER else getattr(kind, "__name__", "")
             raise DataError(f"{where}{key} is missing or no {name}")
+        if isinstance(value, NUMBER) and not is_number(value):
+            raise DataError(f"{where}{key} is beyond {LARGEST:g}, which is no measurement")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it can be added up and drawn, but for NaN and infinity, which training that diverged leaves."""
+    return isinstance(value, NUMBER) and not isinstance(value, bool) and not LARGEST < abs(value) < math.inf
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse what is no [methods.NAME] table; a key that is null there is one that the recipe left out."""
+    _expect(options, {key: NUMBER for key in ("lr", "rows_per_step") if key in options}, "options.")
+    try:
+        method = build(Method, _without_null(options), "options")
+        check_numbers(dataclasses.asdict(method), "options")
+    except (ConfigError, OverflowError, RecursionError) as error:
+        raise DataError(str(error)) from error
+
+
+def _without_null(table: dict[str, Any]) -> dict[str, Any]:
+    plain = {key: _without_null(value) if isinstance(value, dict) else value for key, value in table.items()}
+    return {key: value for key, value in plain.items() if value is not None or key not in ("layers", "memory")}
+
+
+def _check_moments(result: dict[str, Any]) -> None:
+    """Refuse scores that cannot be compared, at the end or on the way to it."""
+    end = {"step": result["steps"], "share": 1.0, "scores": result.get("scores")}
+    moments = [*result.get("on_the_way", []), end]
+    for moment in moments:
+        _expect(moment, MOMENT, "")
+        if set(moment) != set(MOMENT):
+            raise DataError(f"on_the_way has the keys {sorted(moment)}; expected {sorted(MOMENT)}")
+        if not 0 < moment["share"] < 1 and moment is not end:
+            raise DataError(f"on_the_way has a share of {moment['share']}; expected one between 0 and 1")
+        for name, score in moment["scores"].items():
+            _check_score(score, f"scores.{name}: ")
+    scored = [_examples(moment["scores"]) for moment in moments]
+    if any(examples != scored[-1] for examples in scored):
+        raise DataError("on its way it was scored on other examples, or by other metrics, than at its end")
 
 
 def _check_score(score: Any, where: str) -> None:
@@ -80,16 +113,38 @@ def _check_score(score: Any, where: str) -> None:
         raise DataError(f"{where}role {role!r} and task {task!r} are not known to this version")
     known = ("nats",) if role == "divergence" else TASKS[task].METRICS
     needed = known if "perplexity" in known else known[:1]  # what tables cannot do without
-    _expect(metrics, dict.fromkeys([*needed, *metrics], NUMBER), f"{where}metrics.")
+    for metric in [*needed, *metrics]:
+        if not isinstance(metrics.get(metric), NUMBER) or isinstance(metrics[metric], bool):
+            raise DataError(f"{where}metrics.{metric} is missing or no number")
     if not all(isinstance(record, dict) for record in records) or not (records or role == "validation"):
         raise DataError(f"{where}records are missing or no tables")
+    measured = [metric for metric in known if metric in metrics]
+    _check_records(records, measured, where)
+    for metric in measured if records else []:
+        mean = mean_of(records, metric)
+        if not _agree(metrics[metric], mean):
+            raise DataError(f"{where}metrics.{metric} is {metrics[metric]!r:.20}, but the records give {mean:.6g}")
+
+
+def _check_records(records: list[dict[str, Any]], metrics: Sequence[str], where: str) -> None:
+    """Every example has a name and the numbers that the metrics are means of."""
     kinds: dict[str, set[type]] = {"id": {str, int}, "cluster": {str, int, type(None)}}
-    for metric in set(known) & set(metrics):
+    for metric in metrics:
         keys = ("nats", "tokens") if metric in ("nats", "loss", "perplexity") else (metric,)
         kinds |= {key: {int, float, bool} for key in keys}
     for key, kind in kinds.items():
         if not {type(record.get(key)) for record in records} <= kind:
             raise DataError(f"{where}{key} of a record is missing or of another type")
+        if float in kind and not all(is_number(record[key] + 0) for record in records):  # + 0: of True, 1
+            raise DataError(f"{where}{key} of a record is beyond {LARGEST:g}, which is no measurement")
+
+
+def _agree(stated: float, found: float) -> bool:
+    """Equal but for the rounding of sums; as comparisons, which a stated number of any size allows."""
+    if math.isnan(found) or math.isinf(found):
+        return stated == found or (stated != stated and found != found)
+    room = 1e-6 * abs(found) + 1e-12
+    return found - room <= stated <= found + room
 
 
 def _examples(scores: dict[str, Any]) -> dict[str, Any]:
@@ -110,25 +165,66 @@ class Runs:
     Args:
         results: in the order of the recipe's methods, then by name, learning rate and seed.
         skipped: what could not be used, and why, by path.
-        recipe: that was run last.
+        recipe: that was run last, or that was asked for.
+        failed: method, options, seed, comparison and reason of each run whose training failed.
     """
 
     results: list[dict[str, Any]]
     skipped: dict[str, str]
     recipe: Recipe
+    failed: list[dict[str, Any]]
 
 
-def read_runs(folders: Sequence[Path]) -> Runs:
+FAILED = "failed.json"  # in the folder of a run whose training failed
+FAILURE: Kinds = {"method": str, "options": dict, "seed": int, "comparison": str, "reason": str}
+
+
+def read_runs(folders: Sequence[Path], recipe: Recipe | None = None) -> Runs:
     """The results of one comparison below some folders, or in them.
 
     Where runs of several comparisons lie together, those of the comparison with most runs are returned, and of these
     the ones that were scored on the examples that most were scored on. Runs that are there twice (copied folders) count
     once; where they differ, as those of a method of one's own can, the newest counts.
 
+    Args:
+        folders: of runs, or of one run each.
+        recipe: whose runs to read, in place of those of the comparison with most: its methods as they are now, at
+            whatever learning rate and seed. Other runs are not named in `skipped`.
+
     Raises:
         ConfigError: where a folder does not exist, or no run can be used.
     """
-    results: dict[str, dict[str, Any]] = {}  # by folder
+    found, failures, skipped = _read(folders)
+    if recipe is None:
+        usable = _once(list(found.values()), skipped)
+        other = "it belongs to another comparison: its base, data, training or scored sets differ"
+        usable = _most(usable, lambda result: result["comparison"], other, skipped)
+    else:
+        skipped.clear()
+        usable = [result for folder, result in found.items() if _is_of(recipe, result, folder)]
+        failures = {folder: run for folder, run in failures.items() if _is_of(recipe, run, folder)}
+    other = "it was scored on other examples, or by other metrics, than most runs"
+    usable = _most(usable, lambda result: json_hash(_examples(result["scores"])), other, skipped)
+    if not usable:
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped.items())
+        raise ConfigError(f"no finished run in {', '.join(map(str, folders))}, nor in a folder there{reasons}")
+    comparison = usable[0]["comparison"]
+    recipe = recipe or _recipe([*folders, *(Path(result["folder"]) for result in usable)], comparison)
+    failed = _failed(failures, comparison, usable)
+    return Runs(_in_order(usable, recipe), skipped, recipe, _in_order(failed, recipe))
+
+
+def _in_order(runs: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
+    rank = {name: place for place, name in enumerate(recipe.methods)}
+    return sorted(
+        runs, key=lambda r: (rank.get(r["method"], len(rank)), r["method"], r["options"].get("lr", 0.0), r["seed"])
+    )
+
+
+def _read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]], dict[str, str]]:
+    """By their folders all results and all runs whose training failed; by path why others cannot be used."""
+    results: dict[str, dict[str, Any]] = {}
+    failures: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     for folder in folders:
         if not folder.is_dir():
@@ -142,20 +238,12 @@ def read_runs(folders: Sequence[Path]) -> Runs:
         for inner in sorted(recipe.parent for recipe in folder.glob("*/recipe.toml")):
             if list(inner.glob("*/result.json")):
                 skipped[str(inner)] = "it is a folder of runs; give it itself"
+            elif (failure := _failure(inner / FAILED)) is not None:
+                failures[str(inner)] = failure
+                skipped[str(inner)] = f"its training failed: {failure['reason']}"
             elif not (inner / "result.json").exists():
                 skipped[str(inner)] = "it has no result yet; the command that began it goes on with it"
-    usable = _once(list(results.values()), skipped)
-    other = "it belongs to another comparison: its base, data, training or scored sets differ"
-    usable = _most(usable, lambda result: result["comparison"], other, skipped)
-    other = "it was scored on other examples, or by other metrics, than most runs"
-    usable = _most(usable, lambda result: json_hash(_examples(result["scores"])), other, skipped)
-    if not usable:
-        reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped.items())
-        raise ConfigError(f"no finished run in {', '.join(map(str, folders))}, nor in a folder there{reasons}")
-    recipe = _recipe([*folders, *(Path(result["folder"]) for result in usable)], usable[0]["comparison"])
-    rank = {name: place for place, name in enumerate(recipe.methods)}
-    usable.sort(key=lambda r: (rank.get(r["method"], len(rank)), r["method"], r["options"].get("lr", 0.0), r["seed"]))
-    return Runs(usable, skipped, recipe)
+    return results, failures, skipped
 
 
 def _result_files(folder: Path) -> list[Path]:
@@ -163,11 +251,51 @@ def _result_files(folder: Path) -> list[Path]:
     return [folder / "result.json"] if (folder / "result.json").is_file() else list(folder.glob("*/result.json"))
 
 
+def _failure(path: Path) -> dict[str, Any] | None:
+    """What a run left whose training failed; None where there is nothing that can be read, or a later try succeeded."""
+    if path.with_name("result.json").exists():
+        return None
+    try:
+        failure = json.loads(path.read_text(encoding="utf-8"))
+        _expect(failure, FAILURE, "")
+        _expect(failure["options"], {"lr": NUMBER}, "options.")
+    except (OSError, ValueError, RecursionError):  # ValueError: DataError too
+        return None
+    return {key: failure[key] for key in FAILURE}
+
+
+def _failed(
+    failures: dict[str, dict[str, Any]], comparison: str, usable: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The failures of a comparison, each once; what has a result elsewhere has not failed."""
+    own = {_key(run): run for run in failures.values() if run["comparison"] == comparison}
+    finished = {_key(result) for result in usable}
+    return [run for key, run in own.items() if key not in finished]
+
+
+def _key(run: dict[str, Any]) -> str:
+    """Of runs that differ in nothing but their folders."""
+    return json_hash([run[part] for part in ("comparison", "method", "options", "seed")])
+
+
+def _is_of(recipe: Recipe, run: dict[str, Any], folder: str) -> bool:
+    """Whether a folder is named as the recipe names a run of this method at this rate and seed.
+
+    Then the method is the one that the recipe has now: a folder's name changes with every option, and with the code of
+    a method of one's own.
+    """
+    name = run["method"]
+    if name not in recipe.methods:
+        return False
+    method = replace(recipe.methods[name], lr=run["options"].get("lr", 0.0))
+    return replace(recipe, seed=run["seed"], methods={name: method}).run_id(name) == Path(folder).name
+
+
 def _once(results: list[dict[str, Any]], skipped: dict[str, str]) -> list[dict[str, Any]]:
     """Of runs of one method, options and seed, the newest; of equal ones the first."""
     kept: dict[str, dict[str, Any]] = {}
     for result in results:
-        key = json_hash([result[part] for part in ("comparison", "method", "options", "seed")])
+        key = _key(result)
         before = kept.setdefault(key, result)
         if before is result:
             continue

@@ -78,11 +78,17 @@ def find_rule(rule: str | Rule) -> Rule | None:
 
 @dataclass
 class Reads:
-    """Reads of one layer: `rows_R` ascending, `c_R` in float64 (hits, or gradient mass), and the number of hits."""
+    """Reads of one layer: `rows_R` ascending, what the rule counts of each, and how often each was hit.
+
+    Args:
+        rows_R: ids of the rows read.
+        c_R: hits, or gradient mass, in float64.
+        hits_R: hits, in int64.
+    """
 
     rows_R: Tensor
     c_R: Tensor
-    hits: int
+    hits_R: Tensor
 
 
 def count_reads(factors: list[Factors], kind: ReadsKind, device: torch.device) -> Reads:
@@ -102,21 +108,21 @@ def count_reads(factors: list[Factors], kind: ReadsKind, device: torch.device) -
             amounts.append((f.w_TR * f.g_TD.norm(dim=-1, keepdim=True))[token_T].flatten().double())
     if not ids:
         empty = torch.empty(0, dtype=torch.int64, device=device)
-        return Reads(empty, empty.double(), 0)
+        return Reads(empty, empty.double(), empty)
     flat = torch.cat(ids)
     rows_R, inverse = torch.unique(flat, return_inverse=True)
-    if kind == "hits":
-        c_R = torch.bincount(inverse, minlength=len(rows_R)).double()
-    else:
+    hits_R = torch.bincount(inverse, minlength=len(rows_R))
+    c_R = hits_R.double()
+    if kind == "gradient":
         c_R = torch.zeros(len(rows_R), dtype=torch.float64, device=flat.device)
         c_R.index_add_(0, inverse, torch.cat(amounts))
-    return Reads(rows_R.long(), c_R, len(flat))
+    return Reads(rows_R.long(), c_R, hits_R)
 
 
-def hub_share(c_R: Tensor, n_rows: int) -> float:
-    """Share of the reads that fall on hubs: the one percent of the table's rows that are read most."""
-    total = float(c_R.sum())
-    return float(c_R.topk(min(len(c_R), max(1, n_rows // 100))).values.sum()) / total if total else 0.0
+def hub_share(hits_R: Tensor, n_rows: int) -> float:
+    """Share of the hits that fall on hubs: the one percent of the table's rows that are hit most."""
+    total = int(hits_R.sum())
+    return int(hits_R.topk(min(len(hits_R), max(1, n_rows // 100))).values.sum()) / total if total else 0.0
 
 
 def select_rows(reads: Reads, scores_R: Tensor, t: int) -> Tensor:

@@ -16,7 +16,10 @@ from tqdm.auto import tqdm
 Request = tuple[tuple[str, str], list[int], list[int]]  # the texts, and the tokens of prompt and continuation
 
 
-class SharedPromptLM(HFLM):
+Base: Any = HFLM  # whose decorators hide its type
+
+
+class SharedPromptLM(Base):
     """HFLM with the same log-probabilities, up to rounding, for less work.
 
     The choices of a question differ in their last tokens only. The prompt is read once, its keys and values are handed

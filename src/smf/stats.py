@@ -108,6 +108,25 @@ def _examples(records: Sequence[dict[str, Any]]) -> list[tuple[Any, Any]]:
     return [(r["id"], ("cluster", r["cluster"]) if "cluster" in r else ("id", r["id"])) for r in records]
 
 
+def halves(changes: Changes) -> tuple[Changes, Changes]:
+    """The change on two random halves of the clusters; all changes on one example set are halved alike.
+
+    Where a half would have nothing to weigh, both are the whole.
+    """
+    clusters = int(changes.cluster_E.max()) + 1
+    order_G = _random("halves", changes.key).permutation(clusters)
+    made = []
+    for half, part_G in enumerate((order_G[::2], order_G[1::2])):
+        own_E = np.isin(changes.cluster_E, part_G)
+        if changes.weights_E[own_E].sum() <= 0:
+            return changes, changes
+        cluster_E = np.unique(changes.cluster_E[own_E], return_inverse=True)[1]
+        key = f"{changes.key}, half {half}"
+        own = (changes.differences_SE[:, own_E], changes.weights_E[own_E], cluster_E, changes.seeds, key)
+        made.append(Changes(*own))
+    return made[0], made[1]
+
+
 # -- draws ------------------------------------------------------------------------------------------------------------
 #
 # Of the variance of a mean over S seeds and G clusters, (examples + interaction / S) / G + seeds / S, a bootstrap over

@@ -306,6 +306,9 @@ class Comparison:
         test: "bootstrap", or "McNemar" for two single runs of questions that are independent.
         p: of no difference.
         adjusted: p by Holm over all comparisons of the table.
+        clusters: things that were asked about.
+        differing: of these, those on which the two differ under some seed.
+        least: the smallest p that the test could give, before the adjustment.
     """
 
     method: str
@@ -315,6 +318,9 @@ class Comparison:
     test: str
     p: float
     adjusted: float
+    clusters: int
+    differing: int
+    least: float
 
 
 def against(rows: Sequence[Point], reference: Point, base: Point, wanted: Sequence[Measure]) -> list[Comparison]:
@@ -340,13 +346,19 @@ def _compare(point: Point, reference: Point, base: Point, measure: Measure, coun
     both = [*changes_at(point, base, measure, seeds), *changes_at(reference, base, measure, seeds)]
     weights_K = np.concatenate([weights_of(measure), -weights_of(measure)])
     difference = weighted(weights_K, both, count)
-    test, p = "bootstrap", difference.p
+    test, p, least = "bootstrap", difference.p, 2 / (count + 1)
     if len(seeds) == 1 and len(measure.parts) == 1:
         name, metric, _ = measure.parts[0]
         mine, theirs = (_records(side, seeds[0], name) for side in (point, reference))
         if all(record.get(metric) in (0, 1) and "cluster" not in record for record in (*mine, *theirs)):
-            test, p = "McNemar", mcnemar(mine, theirs, metric)
-    return Comparison(point.method, measure, difference, len(seeds), test, p, p)
+            test, p, least = "McNemar", mcnemar(mine, theirs, metric), 0.0
+    half = len(both) // 2
+    clusters, differing = 0, 0
+    for mine, theirs in zip(both[:half], both[half:], strict=True):
+        differs_E = (mine.differences_SE != theirs.differences_SE).any(0)
+        clusters += int(mine.cluster_E.max()) + 1
+        differing += len(np.unique(mine.cluster_E[differs_E]))
+    return Comparison(point.method, measure, difference, len(seeds), test, p, p, clusters, differing, least)
 
 
 def _records(point: Point, seed: int, name: str) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from .study import (
 )
 from .tasks import find_task
 
+ENOUGH = 5  # things asked about that differ, for an interval to be trusted
 MARGIN = 0.5  # points of the target's gain: a method is not inferior where it is sure to lose less
 
 
@@ -65,6 +66,7 @@ class Summary:
         matched: forgetting at equal gain; empty where no method has more points than one.
         reference: the method that the others are compared with, and the comparisons.
         rates: number of learning rates that the method of each row was tried at.
+        failed: runs whose training failed: method, options, seed and reason of each.
     """
 
     base: Point | None
@@ -79,6 +81,7 @@ class Summary:
     reference: Point | None = None
     comparisons: list[Comparison] = field(default_factory=list)
     rates: list[int] = field(default_factory=list)
+    failed: Sequence[dict[str, Any]] = ()
 
     def compared(self) -> list[tuple[Point, list[Comparison]]]:
         """The comparisons of each row that has some, one for each measure."""
@@ -95,6 +98,7 @@ def summarise(
     target_metrics: Sequence[str],
     reference: str | None = None,
     gains: Sequence[float] = (),
+    failed: Sequence[dict[str, Any]] = (),
 ) -> Summary:
     """Choose, compare and read off.
 
@@ -104,6 +108,7 @@ def summarise(
         reference: method to compare the others with; None: the first LoRA, else full finetuning, else none.
         gains: at which to read off forgetting, in the unit of the first target's metric; none: those that the
             reference and full finetuning have.
+        failed: runs whose training failed, as `read_runs` finds them.
 
     Raises:
         DataError: where results were not scored on the same sets.
@@ -120,10 +125,11 @@ def summarise(
     own = by_method(points)
     if reference is not None and reference not in own:
         raise ConfigError(f"there is no method {reference!r} to compare with; there are {list(own)}")
-    rates = [len({point.lr for point in own[row.method]}) for row in rows]
-    interior = [_interior(row, own[row.method]) for row in rows]
+    tried = [_tried(own[row.method], failed) for row in rows]
+    rates = [len(each) for each in tried]
+    interior = [_interior(row, each) for row, each in zip(rows, tried, strict=True)]
     if base is None:
-        return Summary(base, rows, points, columns, interior=interior, rates=rates)
+        return Summary(base, rows, points, columns, interior=interior, rates=rates, failed=failed)
     wanted = measures(base.runs[0], target_metrics)
     with_which = _reference(rows, reference)
     overall = [measure for measure in wanted if len(measure.parts) > 1]
@@ -140,6 +146,7 @@ def summarise(
         reference=with_which,
         comparisons=[] if with_which is None else against(rows, with_which, base, wanted),
         rates=rates,
+        failed=failed,
     )
 
 
@@ -181,8 +188,13 @@ def _change(point: Point, base: Point, column: Column) -> Estimate:
     return function_of(lambda v: v[0], [change_of(point, base, column.scored, column.metric)])
 
 
-def _interior(point: Point, own: Sequence[Point]) -> bool | None:
-    rates = sorted({other.lr for other in own})
+def _tried(own: Sequence[Point], failed: Sequence[dict[str, Any]]) -> list[float]:
+    """The learning rates of a method, those at which training failed too, ascending."""
+    name = own[0].runs[0]["method"]
+    return sorted({point.lr for point in own} | {run["options"]["lr"] for run in failed if run["method"] == name})
+
+
+def _interior(point: Point, rates: Sequence[float]) -> bool | None:
     return None if len(rates) < 2 or VALIDATION not in point.runs[0]["scores"] else rates[0] < point.lr < rates[-1]
 
 
@@ -207,8 +219,17 @@ def _reference(rows: Sequence[Point], name: str | None) -> Point | None:
     return None
 
 
-def is_non_inferior(comparison: Comparison) -> bool | None:
-    """Whether the method is sure to gain at most half a point less than the reference; None where no such is asked."""
-    if comparison.measure.role != "gain" or comparison.measure.unit != "points" or math.isnan(comparison.estimate.low):
-        return None
-    return non_inferior(comparison.estimate, MARGIN)
+def verdict(comparison: Comparison) -> str:
+    """Whether the method gains at most half a point less than the reference; "" where that is not asked.
+
+    Where hardly any example differs the interval is too short to say (of n things asked about, 3 / n may still differ
+    when none was seen to), unless there are so many that this is below the margin.
+    """
+    low, high = comparison.estimate.low, comparison.estimate.high
+    if comparison.measure.role != "gain" or comparison.measure.unit != "points" or math.isnan(low):
+        return ""
+    if comparison.differing < ENOUGH and 100 * 3 / comparison.clusters >= MARGIN:
+        return "too few changed to say"
+    if non_inferior(comparison.estimate, MARGIN):
+        return "non-inferior"
+    return "inferior" if high < -MARGIN else "may be inferior"

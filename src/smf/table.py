@@ -16,7 +16,7 @@ from rich.table import Table
 from .matched import Matched
 from .stats import RATIOS, Estimate
 from .study import Measure, Point, numbers_of, seed_of
-from .summary import MARGIN, Column, Summary, is_non_inferior
+from .summary import MARGIN, Column, Summary, verdict
 
 # The last columns, what it took: keys of the result that are added up.
 COSTS = {
@@ -116,7 +116,7 @@ def _numbered(summary: Summary) -> list[tuple[int, Point]]:
 
 
 def _rate_text(summary: Summary, point: Point, number: int) -> str:
-    if number < 0:
+    if number < 0 or not point.lr:
         return ""
     at = "" if point.share == 1 else f"\nat {point.share:.0%} of the steps"
     return f"{point.lr:g}{at}" + ("\nat its grid's end" if summary.interior[number] is False else "")
@@ -141,7 +141,7 @@ def matched_tables(summary: Summary) -> dict[str, tuple[Cells, str]]:
         header = ["method", *(one_line(f"{each.measure.name}, {each.measure.unit}") for each in own)]
         over = over_what({"": len(own[0].seeds)})
         note = f"read off each method's points, linear between them, 95 % interval {over}; {NOTHING}: beyond them"
-        if summary.reference is not None:
+        if summary.reference is not None and any(ratio for each in own for ratio in each.ratios.values()):
             note += f"; x: as a share of what {one_line(summary.reference.method)} forgets"
         tables[one_line(f"Forgotten at the {label} ({own[0].gain:.3g})")] = ((header, rows), note)
     return tables
@@ -162,10 +162,10 @@ def comparisons_table(summary: Summary) -> Cells:
     for row, found in summary.compared():
         cells = [label_of(summary, row)]
         for each in found:
-            text = f"{estimate_text(each.estimate, digits_of(each.measure))}\np = {each.adjusted:.2g}"
+            sign = "≤" if each.p <= each.least else "="
+            text = f"{estimate_text(each.estimate, digits_of(each.measure))}\np {sign} {each.adjusted:.2g}"
             text += " (McNemar)" if each.test == "McNemar" else ""
-            verdict = is_non_inferior(each)
-            cells.append(text + ("" if verdict is None else "\nnon-inferior" if verdict else "\nnot non-inferior"))
+            cells.append(f"{text}\n{verdict(each)}".rstrip())
         rows.append(cells)
     return header, rows
 
@@ -208,6 +208,12 @@ def caption(summary: Summary) -> str:
     at_a_time = methods_at_a_time([run for point in points for run in point.runs])
     if at_a_time != "1":
         parts.append(f"seconds: of training, with {at_a_time} methods at a time on the machine")
+    versions = {run.get("provenance", {}).get("git") for point in points for run in point.runs}
+    if len(versions) > 1:
+        parts.append(f"made by {len(versions)} versions of the code")
+    broken = [f"{one_line(run['method'])} at lr {run['options']['lr']:g}" for run in summary.failed]
+    if broken:
+        parts.append(f"training failed: {', '.join(broken)}")
     return "; ".join(parts)
 
 
@@ -222,7 +228,7 @@ def comparisons_note(summary: Summary) -> str:
     compared = summary.compared()
     over = over_what({label_of(summary, row): found[0].seeds for row, found in compared})
     note = f"difference, its 95 % interval {over} and p, by Holm over this table; "
-    note += f"non-inferior: sure to gain at most {MARGIN} points less"
+    note += f"non-inferior: sure to gain at most {MARGIN} points less; inferior: sure to gain less than that"
     left_out = [row for row in summary.rows if row not in (summary.reference, *(row for row, _ in compared))]
     if left_out:
         note += f"; no seed in common: {', '.join(label_of(summary, row) for row in left_out)}"
@@ -315,6 +321,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
             "methods": methods,
             "points": [_point_json(point) for point in summary.points],
             "matched": [vars(m) | {"measure": m.measure.name, "unit": m.measure.unit} for m in summary.matched],
+            "failed": list(summary.failed),
             "reference": summary.reference and summary.reference.method,
             "comparisons": [
                 vars(c) | {"lr": row.lr, "measure": c.measure.name, "unit": c.measure.unit}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .compare import check_names, result_path, run_missing
 from .errors import ConfigError, TrainingError
 from .recipe import Recipe
+from .recipe_file import load_recipe
 from .runs import read_result
 from .study import best_stage, numbers_of, signed
 
@@ -32,7 +37,8 @@ def tune(recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: floa
         factor: between neighbouring rates.
 
     Returns:
-        `{"metric", "points", "factor", "methods": {name: {"best", "interior", "grid": [{"lr", "score", ...}]}}}`.
+        `{"comparison", "metric", "points", "factor", "methods": {name: entry}}`, where an entry is
+        `{"best", "interior", "grid": [{"lr", "score", ...}]}`.
     """
     if recipe.target.validation is None:
         raise ConfigError("the recipe has no [target.validation] table, by which learning rates could be chosen")
@@ -42,14 +48,18 @@ def tune(recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: floa
     untuned = [(recipe, name) for name, method in recipe.methods.items() if method.kind in UNTUNED]
     names = [name for name, m in recipe.methods.items() if m.kind not in UNTUNED and (not only or name in only)]
     exponents = {name: list(range(-(points // 2), points // 2 + 1)) for name in names}
+    known = _known_rates(recipe)
+    tried: set[Path] = set()  # a run that failed is not done again for every point that a grid grows by
     while True:
-        rates = {name: [_rate(recipe, name, factor**e) for e in grid] for name, grid in exponents.items()}
-        runs = [(at_rate(recipe, name, rate), name) for name in names for rate in rates[name]]
-        run_missing(recipe, [*untuned, *runs])  # says which failed; a rate at which training diverges is a bad one
+        rates = {n: [_rate(recipe.methods[n].lr * factor**e, known[n]) for e in exponents[n]] for n in names}
+        runs = [*untuned, *((at_rate(recipe, name, rate), name) for name in names for rate in rates[name])]
+        run_missing(recipe, [run for run in runs if result_path(*run) not in tried])  # says which failed
+        tried |= {result_path(*run) for run in runs}
         tuned = {name: _grid(recipe, name, rates[name]) for name in names}
         growing = [name for name in names if not tuned[name]["interior"] and len(exponents[name]) < 2 * points]
         if not growing:
-            return {"metric": recipe.target.metrics[0], "points": points, "factor": factor, "methods": tuned}
+            head = {"comparison": recipe.comparison_id(), "metric": recipe.target.metrics[0]}
+            return head | {"points": points, "factor": factor, "methods": tuned}
         for name in growing:
             grid, low = exponents[name], tuned[name]["best"] == rates[name][0]
             exponents[name] = [grid[0] - 1, *grid] if low else [*grid, grid[-1] + 1]
@@ -67,8 +77,65 @@ def tuned_recipe(recipe: Recipe, tuned: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _rate(recipe: Recipe, name: str, factor: float) -> float:
-    return float(f"{recipe.methods[name].lr * factor:.6g}")
+def with_earlier(recipe: Recipe, tuned: dict[str, Any], file: Path) -> dict[str, Any]:
+    """What was tuned now and, of the recipe's other methods, what `file` has of earlier calls with equal grids.
+
+    What differs is not kept, and said: a method that has other options now than when it was tuned was another one.
+    """
+    before = _read_tuned(file)
+    grids = ("comparison", "metric", "points", "factor")
+    if before is not None and any(before.get(key) != tuned[key] for key in grids):
+        print(f"smf: {file} is of another comparison, metric or size of grids; it is replaced", file=sys.stderr)
+        before = None
+    entries = {} if before is None else before["methods"]
+    kept: dict[str, Any] = {}
+    for name in recipe.methods:
+        if name in tuned["methods"]:
+            kept[name] = tuned["methods"][name]
+        elif name in entries and result_path(at_rate(recipe, name, entries[name]["best"]), name).is_file():
+            kept[name] = entries[name]
+        elif name in entries:
+            print(f"smf: {file}: {name} is not kept: there is no run of it as the recipe has it", file=sys.stderr)
+    return _strict(tuned | {"methods": kept})
+
+
+def _read_tuned(file: Path) -> dict[str, Any] | None:
+    """An earlier call's file; None where there is none, or it is broken, which is said."""
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        tuning_table(before)  # needs all that is read of it
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        print(f"smf: {file} cannot be read ({error!r}); it is replaced", file=sys.stderr)
+        return None
+    return before
+
+
+def _strict(tuned: dict[str, Any]) -> dict[str, Any]:
+    """With None for NaN and infinity, which training that diverged leaves and JSON does not have."""
+    return json.loads(json.dumps(tuned), parse_constant=lambda _: None)
+
+
+def _known_rates(recipe: Recipe) -> dict[str, set[float]]:
+    """Of each method the rates that its runs in the output folder were begun at."""
+    known: dict[str, set[float]] = {name: set() for name in recipe.methods}
+    for file in Path(recipe.output).glob("*/recipe.toml"):
+        name = file.parent.name.rpartition("-")[0]
+        with contextlib.suppress(ConfigError, OSError, KeyError):  # a folder of something else, or of another version
+            rate = load_recipe(file).methods[name].lr
+            if result_path(at_rate(recipe, name, rate), name).parent == file.parent:
+                known[name].add(rate)
+    return known
+
+
+def _rate(wanted: float, known: Collection[float]) -> float:
+    """The rate with six digits; one that was run before and differs by such rounding alone, as it was then.
+
+    Around 0.000333333, a third of 0.001, a grid would have 0.000999999 else.
+    """
+    near = [rate for rate in known if math.isclose(rate, wanted, rel_tol=2e-5)]
+    return min(near, key=lambda rate: abs(rate - wanted)) if near else float(f"{wanted:.6g}")
 
 
 def _grid(recipe: Recipe, name: str, rates: Sequence[float]) -> dict[str, Any]:
