@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from conftest import tiny_base
-from smf.data import Collator, Example, encode, in_order, keep_answered, load_rows
+from smf.data import Collator, Example, encode, in_order, keep_answered
 from smf.errors import DataError
 from smf.evaluate import example_losses, nats_per_token
 from smf.fingerprint import part_of
 from smf.loop import mean_token_loss
 from smf.recipe import Source
+from smf.sources import load_rows
 from smf.tasks import medmcqa, perplexity
 from tiny import make_base, make_tokenizer, question, write_lines
 
@@ -91,11 +92,11 @@ def test_response_begins_after_the_prompt_and_ends_with_eos():
 
 def test_cut_answers_are_refused_or_dropped():
     examples = [Example("a", [1] * 5, 3), Example("b", [1] * 5, 5)]
-    with pytest.raises(DataError, match=r"row b .*prompt has 5 tokens, max_length is 5"):
-        keep_answered(examples, "error", 5)
-    assert [e.id for e in keep_answered(examples, "drop", 5)] == ["a"]
+    with pytest.raises(DataError, match=r"file: the answer of row b .*prompt has 5 tokens, max_length is 5"):
+        keep_answered(examples, "file", "error", 5)
+    assert [e.id for e in keep_answered(examples, "file", "drop", 5)] == ["a"]
     with pytest.raises(DataError, match="no example is left"):
-        keep_answered(examples[1:], "drop", 5)
+        keep_answered(examples[1:], "file", "drop", 5)
 
 
 def test_order_is_a_permutation_a_pass_and_depends_on_the_seed_alone():

@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import batch, logits, tiny_base, tiny_config, tiny_model
 from smf.addon import GatedMLP, add_dense, equal_width, load_dense, save_dense
+from smf.base import load_base
 from smf.compare import result_path
 from smf.data import Example, in_order, with_replay
 from smf.errors import ConfigError, DataError
 from smf.evaluate import example_divergences
 from smf.methods import find_method
-from smf.prepare import load, load_base
+from smf.prepare import load
 from smf.recipe import Recipe
 from smf.recipe_file import load_recipe, to_toml
 from smf.train import _prepare, run_method

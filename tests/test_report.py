@@ -491,9 +491,9 @@ def test_hubs_are_drawn_as_shares(study: Summary, study_page: str):
     gets = quantities("3")
     line = {"rows": {"3": 512}, "rows_read": {"3": 900}, "hub_share": {"3": 0.4}, "hubs_written": {"3": 128}}
     assert [get(line) for get in gets.values()] == [900, 512, 40.0, 25.0]
-    assert [get({"step": 1}) for get in quantities.values()] == [None] * 4
-    assert [get({"rows": {"3": 512}, "hubs_written": {}}) for get in quantities.values()] == [None, 512, None, None]
-    assert all(title in study_page for title in quantities)
+    assert [get({"step": 1}) for get in gets.values()] == [None] * 4
+    assert [get({"rows": {"3": 512}, "hubs_written": {}}) for get in gets.values()] == [None, 512, None, None]
+    assert all(title in study_page for title in gets)
     assert re.findall(r"<figcaption>layer (\d+)", study_page) == ["2", "3", "10"]
 
 

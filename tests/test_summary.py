@@ -264,6 +264,13 @@ def test_what_failed_is_named_and_counts_as_tried():
         assert as_json(summary)["failed"] == list(failed)
 
 
+def test_a_moment_before_the_end_is_said_even_of_a_single_rate():
+    early = {0.5: scores(0.6, validation=0.6)}
+    summary = study(result("lora", scores(0.5, validation=0.5), on_the_way=early))
+    header, rows, _ = table_of(summary, "")
+    assert header[1] == "lr" and rows[1][1].endswith("at 50% of the steps")
+
+
 def test_the_smallest_p_that_a_bootstrap_can_give_is_an_upper_bound():
     summary = study(result("lora", scores(0.5, 0.9, 2.0), kind="lora"), result("smf", scores(0.5, 0.9, 9.0)))
     cells = table_of(summary, "Against")[1][0]

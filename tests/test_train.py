@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import smf
+from smf.base import load_base
 from smf.cli import main
 from smf.compare import result_path
 from smf.errors import ConfigError, DataError, SmfError
 from smf.loop import newest_complete
 from smf.methods import attach
-from smf.prepare import check_output, load, load_base
+from smf.prepare import check_output, load
 from smf.recipe_file import load_recipe
 from smf.summary import summarise
 from smf.table import markdown
@@ -330,11 +331,16 @@ def edited(world: Path, old: str, new: str) -> Path:
         ('path = "train.jsonl"', 'path = "stories.jsonl"', DataError, "no column 'id'"),
         ('path = "eval.jsonl"', 'path = "train.jsonl"', DataError, "both trained and scored"),
         ('path = "eval.jsonl"', 'path = "twice.jsonl"', DataError, "1 ids stand there twice, such as 'q41'"),
-        ('metrics = ["loss", "acc"]', 'metrics = ["f1"]', ConfigError, "medmcqa' has ['acc', 'answer_norm', 'loss']"),
+        (
+            'metrics = ["loss", "acc"]',
+            'metrics = ["f1"]',
+            ConfigError,
+            "medmcqa' has ['acc', 'answer_norm', 'letter', 'loss']",
+        ),
         ('eval.exam = { path = "eval.jsonl" }', "", ConfigError, "no [target.eval.NAME]"),
         ('task = "medmcqa"', 'task = "medqa"', ConfigError, "'medqa' is not known"),
         ('task = "medmcqa"', 'task = "perplexity"', ConfigError, "not a target"),
-        ('part = "probe"', 'part = "prob"', DataError, "no rows in part 'prob'"),
+        ('part = "probe"', 'part = "prob"', DataError, "rows has part 'prob'"),
         ('rule = "tfidf"', 'rule = "idf"', ConfigError, "'idf' is not known"),
         (
             "rows_per_step = 8\nlr = 0.05\n\n[methods.smf-all]",

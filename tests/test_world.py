@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smf import world
-from smf.data import load_rows
+from smf.base import load_base
 from smf.errors import DataError
-from smf.prepare import load_base
 from smf.recipe import Source
 from smf.recipe_file import load_recipe
+from smf.sources import load_rows
 from smf.world.facts import general, new_diseases
 from smf.world.phrasings import KINDS
 from smf.world.text import pretraining_text, question, statement

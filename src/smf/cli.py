@@ -43,6 +43,8 @@ class Overrides:
     """Stop every training after so many steps (to try a recipe)."""
     limit: int | None = None
     """Score the first so many rows of every set, in place of the recipe's limits; 0: all rows."""
+    set: tuple[str, ...] = ()
+    """Any other keys, as in the recipe: train.max_length=256 memory.layers=[0,1] methods.lora.lr=3e-3."""
 
     def load(self, path: Path) -> Any:
         """The recipe at `path` with these keys in place of its own."""
@@ -54,7 +56,7 @@ class Overrides:
         if self.limit is not None and self.limit < 0:
             raise ConfigError(f"--limit must be at least 0; got {self.limit}")
         keys = {key: getattr(self, key) for key in ("base", "data", "output", "seed", "jobs")}
-        recipe = load_recipe(path, **keys)
+        recipe = load_recipe(path, self.set, **keys)
         recipe = recipe if self.max_steps is None else shortened(recipe, self.max_steps)
         return recipe if self.limit is None else limited(recipe, self.limit)
 
@@ -125,11 +127,16 @@ class Comparing:
 Compared = OmitArgPrefixes[Comparing]
 
 
-def compare(recipe: RecipePath, /, what: Compared = Comparing(), overrides: Options = Overrides()) -> None:
+def compare(
+    recipe: RecipePath, /, what: Compared = Comparing(), dry_run: bool = False, overrides: Options = Overrides()
+) -> None:
     """Train and score every method of a recipe; print the tables and write report.html.
 
     Finished methods are not run again, and a killed run goes on where it stopped. Several such commands may share an
     output folder, each with runs of its own. Runs at other learning rates that the folder has are points too.
+
+    Args:
+        dry_run: say what would be loaded, trained and measured, check all that lies on this machine, and stop.
     """
     from .compare import check_reference
     from .compare import compare as run_all
@@ -139,6 +146,9 @@ def compare(recipe: RecipePath, /, what: Compared = Comparing(), overrides: Opti
     loaded = overrides.load(recipe)
     if what.against is not None:
         check_reference(loaded, what.against)
+    if dry_run:
+        _print_plan(loaded)
+        return
     methods = _with_reference(what.methods, what.against)
     title = f"{recipe.stem} on {loaded.base}"
     try:
@@ -149,6 +159,23 @@ def compare(recipe: RecipePath, /, what: Compared = Comparing(), overrides: Opti
         raise
     write_atomically(Path(loaded.output) / "recipe.toml", to_toml(loaded))  # with which smf report shows the same
     _publish_runs_of(loaded, methods, title, what)
+
+
+def _print_plan(recipe: Any) -> None:
+    """What a dry run found; ends with an error where something would stop the run."""
+    from .dry_run import dry_run
+    from .table import print_plain
+
+    plan = dry_run(recipe)
+    print_plain("The base", list(plan.base), [list(plan.base.values())])
+    print_plain("What is read", ["table", "from", "rows", "tokens"], plan.sets)
+    header = ["method", "kind", "lr", "steps", "numbers that train", "GiB, roughly"]
+    print_plain("What trains", header, plan.methods)
+    for title, lines in (("Not checked", plan.unchecked), ("Problems", plan.problems)):
+        if lines:
+            print(f"{title}:", *lines, sep="\n  ")
+    if plan.problems:
+        raise ConfigError(f"{len(plan.problems)} problems would stop this run; they are listed above")
 
 
 def _with_reference(methods: tuple[str, ...], against: str | None) -> tuple[str, ...]:
@@ -249,7 +276,7 @@ def demo(what: Compared = Comparing(), overrides: Options = Overrides()) -> None
     """The whole comparison on the embedded world, in minutes on two CPU cores: `smf compare demo.toml`."""
     from .recipe_file import SHIPPED
 
-    compare(SHIPPED / "demo.toml", what, overrides)
+    compare(SHIPPED / "demo.toml", what, overrides=overrides)
 
 
 def tune(
@@ -283,6 +310,23 @@ def tune(
     print(f"the recipe with these rates: {output / 'tuned.toml'}; every point: smf report {output}")
 
 
+def push(
+    run: Annotated[Positional[Path], tyro.conf.arg(help="folder of a finished run")],
+    repo: Positional[str],
+    /,
+    public: bool = False,
+) -> None:
+    """Upload a run's adapter and patch to the hub, with a model card that says what was gained and lost.
+
+    Args:
+        repo: name on the hub, USER/NAME; made where there is none. `hf auth login` stores the token that this needs.
+        public: whether a new repository can be seen by everyone.
+    """
+    from .card import push_to_hub
+
+    print(push_to_hub(run, repo, private=not public))
+
+
 def main() -> None:
     """Entry point: errors of ours are one message and exit code 2, without a traceback."""
     from .compare import quiet_known_warnings
@@ -296,6 +340,7 @@ def main() -> None:
         "report": report,
         "train": train,
         "eval": evaluate,
+        "push": push,
     }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="smf", description=__doc__)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import Loaded
+from .doubts import doubts
 from .errors import ConfigError, TrainingError
 from .files import write_atomically, write_json
 from .jobs import LOCK, Job, run_jobs, start_server
@@ -90,8 +91,19 @@ def run_missing(recipe: Recipe, runs: Sequence[Run]) -> list[Run]:
         start_server(PRELOADED)
         loaded = load(recipe)  # refuses what can't work before the first method spends time
         write_atomically(Path(recipe.output) / "recipe.toml", to_toml(recipe))
-        run_jobs([_job(title, run, loaded) for title, run in unfinished], recipe.jobs)
+        bases = [(title, run) for title, run in unfinished if run[0].methods[run[1]].kind == "base"]
+        run_jobs([_job(title, run, loaded) for title, run in bases], recipe.jobs)
+        _warn(runs)  # within the first minute, not after hours
+        run_jobs([_job(title, run, loaded) for title, run in unfinished if (title, run) not in bases], recipe.jobs)
     return [run for run in runs if not result_path(*run).is_file()]
+
+
+def _warn(runs: Sequence[Run]) -> None:
+    """Say what the base's scores say against the comparison."""
+    for run in runs:
+        if run[0].methods[run[1]].kind == "base" and result_path(*run).is_file():
+            for doubt in doubts(read_result(result_path(*run))["scores"]):
+                print(f"smf: warning: {doubt}", file=sys.stderr)
 
 
 def _job(title: str, run: Run, loaded: Loaded) -> Job:

@@ -1,22 +1,16 @@
-"""Rows from a local file or the hub, and examples with a response mask made of them."""
+"""Examples with a response mask, their order, and batches of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import world
 from .background import pad_right
 from .errors import DataError
-from .fingerprint import part_of
-from .recipe import Source
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,11 +21,15 @@ class Example:
         id: names the row it came from, in messages and records.
         ids: tokens.
         start: the first token that is learned or scored; the tokens before it are the prompt.
+        gaps: places after it that are read and not learned, such as what a user says in between.
+        words: that it counts, where scores are by words.
     """
 
     id: str
     ids: list[int]
     start: int
+    gaps: tuple[int, ...] = ()
+    words: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,14 @@ class ScoredSet:
         task: name of its task.
         items: examples of a text, or what is asked (`smf.tasks`).
         cluster: ids that agree up to the first such text are about one thing; "": every id is.
+        pages: examples that are scored once more, by words.
     """
 
     role: str
     task: str
     items: list[Any]
     cluster: str = ""
+    pages: list[Example] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Loaded:
         background: general texts that rules weigh reads against.
         healing: examples of general text that heal a memory.
         replay: examples of general text that methods with `replay` train on.
+        revisions: commit hashes of what came from the hub, by name.
     """
 
     tokenizer: Any
@@ -70,62 +71,7 @@ class Loaded:
     background: list[str]
     healing: list[Example]
     replay: list[Example]
-
-
-def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Sequence[str]) -> list[Row]:
-    """Rows of a source, in the order of its file.
-
-    Args:
-        source: which file or data set, and which of its rows.
-        data: the folder that `source.path` is below, "hub" or "world".
-        parts: shares by name, for `source.part`.
-        need: columns that every row must have.
-
-    Raises:
-        DataError: naming file, column or row.
-    """
-    import datasets
-
-    if data == "world":
-        where = f"the embedded world's {source.path!r}"
-        rows = datasets.Dataset.from_list(world.rows(source.path))
-    elif data == "hub":
-        if not source.hub:
-            raise DataError(f"the source {source.path!r} names no hub data set; give --data a folder that has the file")
-        where = f"{source.hub} ({source.split})"
-        try:
-            rows = datasets.load_dataset(
-                source.hub, source.config or None, split=source.split, revision=source.revision
-            )
-        except Exception as error:  # no network, no such data set, split or revision: many classes
-            raise DataError(
-                f"the hub data set {where} cannot be loaded: {error}. Without the hub, give --data a folder"
-            ) from error
-    else:
-        file = Path(data) / source.path
-        where = str(file)
-        if not source.path:
-            raise DataError(f"a source of the recipe names no path below --data {data!r}")
-        if not file.is_file():
-            raise DataError(f"no data file at {file}; --data must be the folder that has {source.path!r}, or hub")
-        try:
-            rows = datasets.load_dataset("json", data_files=str(file), split="train")
-        except Exception as error:  # datasets wraps many parsers' errors
-            raise DataError(f"{file} cannot be read as JSON lines: {error.__cause__ or error}") from error
-    if source.part and not parts:
-        raise DataError(f"{where}: a source names a part, but the recipe has no [parts] table of shares")
-    columns = rows.column_names or []
-    missing = [column for column in need if column not in columns]
-    if missing:
-        raise DataError(f"{where} has no column {missing[0]!r}; its columns are {columns}")
-    if source.limit:
-        rows = rows.select(range(min(source.limit, len(rows))))
-    chosen: list[Row] = [dict(row) for row in rows]  # type: ignore[arg-type]
-    if source.part:
-        chosen = [row for row in chosen if part_of(row[source.column], parts) == source.part]
-    if not chosen:
-        raise DataError(f"{where} has no rows{f' in part {source.part!r}' if source.part else ''}")
-    return chosen
+    revisions: dict[str, str] = field(default_factory=dict)
 
 
 def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int, *, end: bool) -> Example:
@@ -145,17 +91,27 @@ def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int,
     return Example(id, ids[:max_length], start)
 
 
-def keep_answered(examples: Sequence[Example], too_long: str, max_length: int) -> list[Example]:
-    """The examples whose answer was not cut away; with too_long="error" one that was raises DataError."""
+def keep_answered(examples: Sequence[Example], where: str, too_long: str, max_length: int) -> list[Example]:
+    """The examples whose answer was not cut away.
+
+    Args:
+        examples: of one file.
+        where: what messages call the file.
+        too_long: "drop", or "error": raise where there is such an example.
+        max_length: tokens that an example was cut to.
+
+    Raises:
+        DataError: naming the file and the row, also where nothing is left.
+    """
     cut = [example for example in examples if example.start >= len(example.ids)]
     if cut and too_long == "error":
         raise DataError(
-            f"the answer of row {cut[0].id} and of {len(cut) - 1} others is cut away: its prompt has {cut[0].start} "
-            f'tokens, max_length is {max_length}. Raise max_length, or set too_long = "drop"'
+            f"{where}: the answer of row {cut[0].id} and of {len(cut) - 1} others is cut away: its prompt has "
+            f'{cut[0].start} tokens, max_length is {max_length}. Raise max_length, or set too_long = "drop"'
         )
     kept = [example for example in examples if example.start < len(example.ids)]
     if not kept:
-        raise DataError(f"no example is left: every answer is cut away at max_length = {max_length}")
+        raise DataError(f"{where}: no example is left: every answer is cut away at max_length = {max_length}")
     return kept
 
 
@@ -200,6 +156,9 @@ class Collator:
         starts = torch.tensor([max(1, e.start if self.loss == "answer" else 1) for e in examples])
         position = torch.arange(batch["input_ids"].shape[1])
         learned = batch["attention_mask"].bool() & (position >= starts[:, None])
+        if self.loss == "answer":
+            for row, example in enumerate(examples):
+                learned[row, list(example.gaps)] = False
         return batch | {"labels": batch["input_ids"].masked_fill(~learned, -100)}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .data import Collator, Example, ScoredSet, encode, pad_id
-from .harness import answer_records, choice_records
+from .harness import answer_records, choice_records, task_records
 from .memory import evaluation_mode
 from .recipe import Recipe
 from .stats import RATIOS
@@ -123,7 +123,8 @@ def score(
     scores = {name: score_set(model, tokenizer, recipe, name, scored) for name, scored in sets.items()}
     if base is not None:
         for name, scored in sets.items():
-            if scored.role == "target" or scored.task == "perplexity":
+            kind = find_task(scored.task).KIND
+            if kind == "text" or (scored.role == "target" and kind != "harness"):
                 scores[f"KL {name}"] = _divergence(model, base, tokenizer, recipe, name, scored)
     return scores
 
@@ -131,27 +132,39 @@ def score(
 def score_set(model: nn.Module, tokenizer: Any, recipe: Recipe, name: str, scored: ScoredSet) -> dict[str, Any]:
     """Score of one set."""
     print(f"smf: scoring {name}: {len(scored.items):,} items", file=sys.stderr)
-    task = find_task(scored.task)
-    size, length = recipe.eval_batch_size, recipe.train.max_length
-    if task.KIND == "text":
-        records = example_losses(model, scored.items, tokenizer, loss="full", batch_size=size, title=name)
-    else:
-        ask = choice_records if task.KIND == "choice" else answer_records
-        records = ask(model, tokenizer, scored.items, batch_size=size, max_length=length)
-    metrics = {metric: mean_of(records, metric) for metric in task.METRICS}
+    records = _records(model, tokenizer, recipe, name, scored)
+    words = sum(page.words for page in scored.pages)
+    metrics = {m: mean_of(records, m) for m in find_task(scored.task).METRICS if m != "word_perplexity"}
+    if words:
+        size = recipe.eval_batch_size
+        pages = example_losses(model, scored.pages, tokenizer, loss="answer", batch_size=size, title=f"{name}, pages")
+        metrics["word_perplexity"] = _perplexity(sum(record["nats"] for record in pages) / words)
     return _described(scored, scored.role, scored.task, metrics, records)
+
+
+def _records(model: nn.Module, tokenizer: Any, recipe: Recipe, name: str, scored: ScoredSet) -> list[dict[str, Any]]:
+    """A record for each example of a set."""
+    task, items = find_task(scored.task), scored.items
+    options: dict[str, Any] = {"batch_size": recipe.eval_batch_size}
+    if task.KIND in ("text", "response"):
+        return example_losses(model, items, tokenizer, loss="answer", title=name, **options)
+    options["max_length"] = recipe.train.max_length
+    if task.KIND == "choice":
+        return choice_records(model, tokenizer, items, **options)
+    if task.KIND == "answer":
+        return answer_records(model, tokenizer, items, stop=task.STOP, marks=task.marks, **options)
+    return task_records(model, tokenizer, items[0], folder=recipe.lm_eval_tasks, **options)
 
 
 def _divergence(
     model: nn.Module, base: nn.Module, tokenizer: Any, recipe: Recipe, name: str, scored: ScoredSet
 ) -> dict[str, Any]:
     """KL(base || model) in nats per token: of a text all its tokens, of a question those of its right answer."""
-    task, length = find_task(scored.task), recipe.train.max_length
+    length = recipe.train.max_length
     chosen = scored.items[: recipe.divergence]
-    examples = chosen if task.KIND == "text" else [_answered(item, tokenizer, length) for item in chosen]
-    loss = "full" if task.KIND == "text" else "answer"
+    examples = [item if isinstance(item, Example) else _answered(item, tokenizer, length) for item in chosen]
     print(f"smf: scoring KL {name}: {len(examples):,} items", file=sys.stderr)
-    records = example_divergences(model, base, examples, tokenizer, loss=loss, batch_size=recipe.eval_batch_size)
+    records = example_divergences(model, base, examples, tokenizer, loss="answer", batch_size=recipe.eval_batch_size)
     return _described(scored, "divergence", "divergence", {"nats": nats_per_token(records)}, records)
 
 
@@ -173,5 +186,9 @@ def mean_of(records: Sequence[dict[str, Any]], metric: str) -> float:
     if metric in RATIOS:
         return nats_per_token(records)
     if metric == "perplexity":
-        return math.exp(min(nats_per_token(records), 700.0))
+        return _perplexity(nats_per_token(records))
     return sum(record[metric] for record in records) / len(records)
+
+
+def _perplexity(nats: float) -> float:
+    return math.exp(min(nats, 700.0))

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from .errors import ConfigError, DataError
 from .memory import evaluation_mode
-from .tasks.closed_book import marks
+from .tasks.harness_task import HarnessTask
 
 LONGEST_ANSWER = 32  # tokens
-ADDED = {"choice": {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}]}}
-ADDED["answer"] = {
-    "output_type": "generate_until",
-    "generation_kwargs": {"until": ["\n"], "max_gen_toks": LONGEST_ANSWER, "do_sample": False},
-    "metric_list": [{"metric": "exact_match"}],
-}
 
 
 def choice_records(
@@ -26,20 +22,27 @@ def choice_records(
 ) -> list[dict[str, Any]]:
     """For each question the choices' log-probabilities, the pick and whether it is right.
 
-    `acc` picks by the summed log-probability, `answer_norm` by the mean over the choice's tokens (arXiv 2605.03229);
-    `nats` and `tokens` are those of the right choice.
+    `acc` picks by the summed log-probability, `answer_norm` by the mean over the choice's tokens (arXiv 2605.03229),
+    `letter`, where items have "letters", by theirs alone; `nats` and `tokens` are those of the right choice.
     """
-    samples = _samples("choice", model, tokenizer, items, batch_size, max_length)
+    task = {
+        "output_type": "multiple_choice",
+        "metric_list": [{"metric": "acc"}],
+        "doc_to_choice": lambda doc: [*doc["choices"], *(doc.get("letters") or [])],
+        "doc_to_target": lambda doc: doc["answer"],
+    }
+    samples = _samples(task, model, tokenizer, items, batch_size, max_length)
     return [_choice_record(item, sample, tokenizer) for item, sample in zip(items, samples, strict=True)]
 
 
 def _choice_record(item: dict[str, Any], sample: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     prompt, choices, right = item["prompt"], item["choices"], item["answer"]
-    sums = [float(response[0]) for response in sample["filtered_resps"]]
+    scores = [float(response[0]) for response in sample["filtered_resps"]]
+    sums, letters = scores[: len(choices)], scores[len(choices) :]
     start = len(tokenizer(prompt)["input_ids"])
     tokens = [max(1, len(tokenizer(prompt + choice)["input_ids"]) - start) for choice in choices]
     means = [total / count for total, count in zip(sums, tokens, strict=True)]
-    pick, pick_norm = (max(range(len(s)), key=s.__getitem__) for s in (sums, means))
+    pick, pick_norm = _largest(sums), _largest(means)
     return {
         "id": item["id"],
         "question": prompt,
@@ -50,14 +53,37 @@ def _choice_record(item: dict[str, Any], sample: dict[str, Any], tokenizer: Any)
         "answer_norm": int(pick_norm == right),
         "nats": -sums[right],
         "tokens": tokens[right],
-    }
+    } | ({"letter": int(_largest(letters) == right)} if letters else {})
+
+
+def _largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
 
 
 def answer_records(
-    model: nn.Module, tokenizer: Any, items: Sequence[dict[str, Any]], *, batch_size: int, max_length: int
+    model: nn.Module,
+    tokenizer: Any,
+    items: Sequence[dict[str, Any]],
+    *,
+    batch_size: int,
+    max_length: int,
+    stop: Sequence[str],
+    marks: Callable[[str, Sequence[str]], dict[str, float]],
 ) -> list[dict[str, Any]]:
-    """For each question what the model says, greedily and up to the end of the line, with exact match and F1."""
-    samples = _samples("answer", model, tokenizer, items, batch_size, max_length)
+    """For each question what the model says, greedily, with its marks.
+
+    Args:
+        model, tokenizer, items, batch_size, max_length: as everywhere.
+        stop: texts that an answer ends before; it has `LONGEST_ANSWER` tokens at most.
+        marks: scores of what was said, given it and the right answers.
+    """
+    task = {
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": list(stop), "max_gen_toks": LONGEST_ANSWER, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+        "doc_to_target": lambda doc: doc["answers"][0],
+    }
+    samples = _samples(task, model, tokenizer, items, batch_size, max_length + LONGEST_ANSWER)
     records = []
     for item, sample in zip(items, samples, strict=True):
         said = sample["filtered_resps"][0].strip()
@@ -67,47 +93,98 @@ def answer_records(
 
 
 def _samples(
-    kind: str, model: nn.Module, tokenizer: Any, items: Sequence[dict[str, Any]], batch_size: int, max_length: int
+    task: dict[str, Any],
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[dict[str, Any]],
+    batch_size: int,
+    max_length: int,
 ) -> list[dict[str, Any]]:
     """The harness's record of every item, in the order given."""
     import datasets
-    import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from .shared_prompts import SharedPromptLM
-
     documents = datasets.Dataset.from_list(list(items))
-    task = {
+    whole = {
         "task": "smf",
         "custom_dataset": lambda **_: {"validation": documents},
         "validation_split": "validation",
         "doc_to_text": lambda doc: doc["prompt"],
-        "doc_to_choice": lambda doc: doc["choices"],
-        "doc_to_target": (lambda doc: doc["answer"]) if kind == "choice" else (lambda doc: doc["answers"][0]),
         "target_delimiter": "",
     }
-    if kind == "answer":
-        del task["doc_to_choice"]
-    adds_bos = bool(tokenizer("")["input_ids"])  # as in training
     with evaluation_mode(model), _quiet("lm_eval"):
-        make_lm: Any = SharedPromptLM  # its signature is hidden by decorators
-        lm = make_lm(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_length=_room(model, max_length, kind),
-            add_bos_token=adds_bos,
-        )
-        # not simple_evaluate: it also collects the environment, seconds a call, and seeds every generator
-        loaded: Any = TaskManager(include_defaults=False).load([task | ADDED[kind]])
-        results: Any = lm_eval.evaluate(lm, loaded, log_samples=True, bootstrap_iters=0)
+        loaded = TaskManager(include_defaults=False).load([whole | task])
+        results = _run(loaded, model, tokenizer, batch_size, max_length)
     return sorted(results["samples"]["smf"], key=lambda sample: sample["doc_id"])
 
 
-def _room(model: Any, max_length: int, kind: str) -> int:
-    """Tokens of a sequence; generation reserves those of the answer, as far as the model has positions for them."""
-    longest = getattr(model.config, "max_position_embeddings", None) or max_length + LONGEST_ANSWER
-    return max_length if kind == "choice" else min(max_length + LONGEST_ANSWER, longest)
+def task_records(
+    model: nn.Module,
+    tokenizer: Any,
+    task: HarnessTask,
+    *,
+    folder: str,
+    batch_size: int,
+    max_length: int,
+) -> list[dict[str, Any]]:
+    """For each document of one of the harness's tasks its score, a number that is better when it is higher.
+
+    Args:
+        model, tokenizer, batch_size, max_length: as everywhere.
+        task: what to run.
+        folder: with tasks of one's own; "": none.
+
+    Raises:
+        DataError: where the task has no such score for a document.
+    """
+    loaded = load_task(task.name, folder)
+    with evaluation_mode(model):
+        samples = _run(loaded, model, tokenizer, batch_size, max_length + LONGEST_ANSWER, task.limit)["samples"]
+    records = []
+    for name in sorted(samples):
+        for sample in sorted(samples[name], key=lambda s: s["doc_id"]):
+            metric = task.metric or next(iter(sample["metrics"]))
+            score = sample.get(metric)
+            if isinstance(score, bool) or not isinstance(score, (int, float)):
+                raise DataError(
+                    f"lm_eval task {name!r} has no number {metric!r} for a document; it has {list(sample['metrics'])}; "
+                    "choose one with lm_eval:NAME:METRIC"
+                )
+            texts = {"question": str(sample["arguments"][0][0]), "right": str(sample["target"])}
+            said = str(sample["filtered_resps"][0]) if len(sample["filtered_resps"]) == 1 else ""
+            records.append({"id": f"{name}.{sample['doc_id']}", **texts, "said": said, "score": score})
+    return records
+
+
+def load_task(name: str, folder: str) -> Any:
+    """One of the harness's tasks, with its documents; raises ConfigError for a name that it does not know."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=folder or None)
+    if name not in manager.all_tasks:
+        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        raise ConfigError(f"lm-evaluation-harness has no task {name!r}{f'; near: {near}' if near else ''}")
+    with _quiet("lm_eval"):
+        return manager.load([name])
+
+
+def _run(loaded: Any, model: Any, tokenizer: Any, batch_size: int, max_length: int, limit: int = 0) -> Any:
+    """Results of loaded tasks, with every document's sample."""
+    import lm_eval
+
+    from .shared_prompts import SharedPromptLM
+
+    longest = getattr(model.config, "max_position_embeddings", None) or max_length
+    with _quiet("lm_eval"):
+        lm = SharedPromptLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=min(max_length, longest),
+            add_bos_token=bool(tokenizer("")["input_ids"]),  # as in training
+        )
+        # not simple_evaluate: it also collects the environment, seconds a call, and seeds every generator
+        return lm_eval.evaluate(lm, loaded, log_samples=True, bootstrap_iters=0, limit=limit or None)
 
 
 @contextlib.contextmanager

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-from . import methods, world
-from .data import Example, Loaded, ScoredSet, encode, keep_answered, load_rows
-from .decoder import default_layers, find_decoder
+from .base import check_models, load_tokenizer, positions, resolved_base
+from .data import Example, Loaded, ScoredSet, encode, keep_answered
 from .errors import ConfigError, DataError
-from .recipe import Recipe, Source
-from .selection import find_rule
-from .tasks import find_task
-
-VALIDATION = "validation"  # name of the set that learning rates are chosen by
+from .harness import load_task
+from .recipe import VALIDATION, Asked, Recipe, Source, asked, sources
+from .sources import load_rows, place, resolved
+from .tasks import find_task, harness_task, lessons
 
 
 def load(recipe: Recipe) -> Loaded:
@@ -28,21 +21,21 @@ def load(recipe: Recipe) -> Loaded:
     check_output(Path(recipe.output))
     check_models(recipe)
     tokenizer, scored = load_scored(recipe)
-    task = find_task(recipe.target.task)
-    explained = recipe.target.explanation and hasattr(task, "EXPLANATION")
-    need = (*task.COLUMNS, task.EXPLANATION) if explained else task.COLUMNS
-    train = _answered(recipe, tokenizer, task, _rows(recipe, recipe.target.train, task, need), explained)
-    asked = [scored_set for scored_set in scored.values() if scored_set.role in ("target", "validation")]
-    overlap = {example.id for example in train} & {item["id"] for scored_set in asked for item in scored_set.items}
-    if overlap:
-        raise DataError(f"{len(overlap)} rows are both trained and scored, such as id {min(overlap)!r}")
-    background = [] if recipe.background is None else _texts(recipe, recipe.background.source)
+    train = load_training(recipe, tokenizer)
+    tested = [scored_set for scored_set in scored.values() if scored_set.role in ("target", "validation")]
+    overlap = {example.id for example in train} & {id for scored_set in tested for id in _ids(scored_set)}
+    if overlap and not recipe.target.recall:
+        raise DataError(
+            f"{len(overlap)} rows are both trained and scored, such as id {min(overlap)!r}; where recall of what was "
+            "read is the question, set recall = true in [target]"
+        )
+    background = [] if recipe.background is None else load_documents(recipe, recipe.background.source)
     healing: list[Example] = []
     if recipe.heal is not None and any(m.heal or m.kind == "healed" for m in recipe.methods.values()):
-        healing = _text_examples(recipe, recipe.heal.source, tokenizer)
+        healing = load_text(recipe, recipe.heal.source, tokenizer)
     replay: list[Example] = []
     if recipe.replay is not None and any(method.replay for method in recipe.methods.values()):
-        replay = _text_examples(recipe, recipe.replay.source, tokenizer)
+        replay = load_text(recipe, recipe.replay.source, tokenizer)
     texts = {
         tuple(item.ids)
         for scored_set in scored.values()
@@ -54,14 +47,41 @@ def load(recipe: Recipe) -> Loaded:
         both = [example.id for example in examples if tuple(example.ids) in texts]
         if both:
             raise DataError(f"{len(both)} texts of [{what}] are scored as well, such as number {both[0]}; use [parts]")
-    return Loaded(tokenizer, train, scored, background, healing, replay)
+    return Loaded(tokenizer, train, scored, background, healing, replay, revisions(recipe))
+
+
+def load_training(recipe: Recipe, tokenizer: Any) -> list[Example]:
+    """What is learned, none of it cut away."""
+    target = recipe.target
+    task, where = find_task(target.task), place(target.train, recipe.data)
+    length = recipe.train.max_length
+    if task.KIND == "response":
+        rows = load_rows(target.train, recipe.data, recipe.parts, task.COLUMNS)
+        return keep_answered(task.examples(rows, where, tokenizer, length), where, recipe.train.too_long, length)
+    explained = target.explanation and hasattr(task, "EXPLANATION")
+    need = (*task.COLUMNS, task.EXPLANATION) if explained else task.COLUMNS
+    rows = task.select(load_rows(target.train, recipe.data, recipe.parts, need), where)
+    taught = [(str(row["id"]), lessons(task, row, explanation=explained)) for row in rows]
+    texts = [
+        (id if len(own) == 1 else f"{id}.{number}", *lesson) for id, own in taught for number, lesson in enumerate(own)
+    ]
+    examples = [encode(tokenizer, *text, length, end=True) for text in texts]
+    return keep_answered(examples, where, recipe.train.too_long, length)
 
 
 def load_scored(recipe: Recipe) -> tuple[Any, dict[str, ScoredSet]]:
     """The tokenizer and what the recipe scores, checked."""
+    check_target(recipe)
     tokenizer = load_tokenizer(recipe)
+    sets = {name: load_set(recipe, each, tokenizer) for name, each in asked(recipe).items()}
+    _refuse_shared_validation(sets)
+    return tokenizer, sets
+
+
+def check_target(recipe: Recipe) -> None:
+    """Refuse a target without a set to score, or with metrics that its task does not have."""
     task = find_task(recipe.target.task)
-    if not hasattr(task, "response"):
+    if task.KIND in ("text", "harness"):
         raise ConfigError(f"task {recipe.target.task!r} can be a probe, but not a target: it has no answers to learn")
     if not recipe.target.eval:
         raise ConfigError("the recipe has no [target.eval.NAME] table: say what the target is scored on")
@@ -70,62 +90,74 @@ def load_scored(recipe: Recipe) -> tuple[Any, dict[str, ScoredSet]]:
         raise ConfigError(
             f"target.metrics = {recipe.target.metrics}; task {recipe.target.task!r} has {list(task.METRICS)}"
         )
-    named = [(name, "target", recipe.target.task, source) for name, source in recipe.target.eval.items()]
-    if recipe.target.validation is not None:
-        named.append((VALIDATION, "validation", recipe.target.task, recipe.target.validation))
-    named += [(name, "probe", probe.task, probe.source) for name, probe in recipe.probes.items()]
-    sets = {
-        name: ScoredSet(role, task, _items(recipe, task, source, tokenizer), source.cluster)
-        for name, role, task, source in named
-    }
-    _refuse_shared_validation(sets)
-    return tokenizer, sets
 
 
 def _refuse_shared_validation(sets: dict[str, ScoredSet]) -> None:
     """What learning rates are chosen by must not be what the methods are compared by."""
     if VALIDATION in sets:
-        ids = {item["id"] for item in sets[VALIDATION].items}
-        tested = {item["id"] for scored in sets.values() if scored.role == "target" for item in scored.items}
-        if ids & tested:
-            shared = ids & tested
+        tested = {id for scored in sets.values() if scored.role == "target" for id in _ids(scored)}
+        shared = _ids(sets[VALIDATION]) & tested
+        if shared:
             raise DataError(f"{len(shared)} validation rows are in target.eval too, such as id {min(shared)!r}")
 
 
-def _rows(recipe: Recipe, source: Source, task: Any, need: Sequence[str]) -> list[Any]:
-    return task.select(load_rows(source, recipe.data, recipe.parts, need), source.path or source.hub)
+def _ids(scored: ScoredSet) -> set[str]:
+    """Of the rows that a set asks about; a task of the harness has documents of its own."""
+    if find_task(scored.task).KIND == "harness":
+        return set()
+    return {item.id if isinstance(item, Example) else item["id"] for item in scored.items}
 
 
-def _items(recipe: Recipe, name: str, source: Source, tokenizer: Any) -> list[Any]:
+def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     """What a task asks of the rows of a source, none of it cut away."""
-    task = find_task(name)
+    role, name, source = wanted.role, wanted.task, wanted.source
+    task, where, length = find_task(name), place(source, recipe.data), recipe.train.max_length
+    if task.KIND == "harness":
+        known = harness_task.parse(name, source.limit)
+        load_task(known.name, recipe.lm_eval_tasks)  # raises where there is none, or where its documents are not
+        return ScoredSet(role, name, [known])
     if task.KIND == "text":
         rows = load_rows(source, recipe.data, recipe.parts, [source.column])
-        return task.examples(rows, source.column, tokenizer, recipe.train.max_length)
-    rows = _rows(recipe, source, task, task.COLUMNS)
-    kept = {example.id for example in _answered(recipe, tokenizer, task, rows, False)}
-    items = [item for item in map(task.item, rows) if item["id"] in kept]
+        longest = positions(recipe)
+        if wanted.window > longest:
+            raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
+        room = wanted.window or min(getattr(task, "WINDOW", length), longest)
+        pages = task.pages(rows, source.column, tokenizer, room) if hasattr(task, "pages") else []
+        return ScoredSet(role, name, task.examples(rows, source.column, tokenizer, room), source.cluster, pages)
+    rows = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
+    if task.KIND == "response":
+        made = task.examples(rows, where, tokenizer, length)
+        return ScoredSet(role, name, keep_answered(made, where, recipe.train.too_long, length), source.cluster)
+    questions = [(task.item(row, *([source.form] if source.form else [])), row) for row in task.select(rows, where)]
+    answered = [
+        encode(tokenizer, item["id"], item["prompt"], task.response(row, explanation=False), length, end=True)
+        for item, row in questions
+    ]
+    kept = {example.id for example in keep_answered(answered, where, recipe.train.too_long, length)}
+    items = [item for item, _ in questions if item["id"] in kept]
     twice = [id for id, count in Counter(item["id"] for item in items).items() if count > 1]
     if twice:
-        raise DataError(f"{source.path or source.hub}: {len(twice)} ids stand there twice, such as {twice[0]!r}")
-    return items
+        raise DataError(f"{where}: {len(twice)} ids stand there twice, such as {twice[0]!r}")
+    return ScoredSet(role, name, items, source.cluster)
 
 
-def _answered(recipe: Recipe, tokenizer: Any, task: Any, rows: list[Any], explanation: bool) -> list[Example]:
-    length = recipe.train.max_length
-    texts = [(str(row["id"]), task.item(row)["prompt"], task.response(row, explanation=explanation)) for row in rows]
-    examples = [encode(tokenizer, *text, length, end=True) for text in texts]
-    return keep_answered(examples, recipe.train.too_long, length)
-
-
-def _text_examples(recipe: Recipe, source: Source, tokenizer: Any) -> list[Example]:
+def load_text(recipe: Recipe, source: Source, tokenizer: Any) -> list[Example]:
+    """Windows of plain text to train on."""
     rows = load_rows(source, recipe.data, recipe.parts, [source.column])
     return find_task("perplexity").examples(rows, source.column, tokenizer, recipe.train.max_length)
 
 
-def _texts(recipe: Recipe, source: Source) -> list[str]:
+def load_documents(recipe: Recipe, source: Source) -> list[str]:
+    """Texts of a source that are not blank."""
     rows = load_rows(source, recipe.data, recipe.parts, [source.column])
     return [row[source.column] for row in rows if row[source.column].strip()]
+
+
+def revisions(recipe: Recipe) -> dict[str, str]:
+    """The commit hashes that the recipe's revisions on the hub stand for now, by the names of the repositories."""
+    found = {} if recipe.data != "hub" else {s.hub: resolved(s.hub, s.revision) for s in sources(recipe).values()}
+    base = resolved_base(recipe)
+    return found | ({recipe.base: base} if base else {})
 
 
 def check_output(folder: Path) -> None:
@@ -135,46 +167,3 @@ def check_output(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(f"output = {str(folder)!r} cannot be written: {error}; give another --output") from error
-
-
-def check_models(recipe: Recipe) -> None:
-    """Refuse memory options that do not fit the base, looking at its config only, and functions that do not exist."""
-    config = _from_base(AutoConfig, recipe)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        decoder = find_decoder(AutoModelForCausalLM.from_config(config))
-    for name, method in recipe.methods.items():
-        try:
-            methods.find_method(method.kind)
-            if method.kind in methods.BESIDE_THE_MLP:
-                find_rule(method.rule)
-                memory = methods.memory_config(recipe, method)
-                layers = memory.layers or default_layers(len(decoder.blocks))
-                decoder.mlp_names(layers, replace=memory.mode == "replacement")
-        except ConfigError as error:
-            raise ConfigError(f"[methods.{name}]: {error}") from error
-
-
-def load_tokenizer(recipe: Recipe) -> Any:
-    """The base's tokenizer."""
-    return _from_base(AutoTokenizer, recipe)
-
-
-def load_base(recipe: Recipe) -> Any:
-    """The base in evaluation mode, on the GPU where there is one."""
-    model = _from_base(AutoModelForCausalLM, recipe, dtype=getattr(torch, recipe.dtype))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _from_base(loader: Any, recipe: Recipe, **options: Any) -> Any:
-    if not recipe.base:
-        raise ConfigError("the recipe names no base; give --base a model folder or a hub name")
-    if recipe.base == "world":
-        return loader.from_pretrained(world.BASE, **options)
-    looks_like_path = recipe.base.startswith((".", "/", "~")) or recipe.base.count("/") > 1
-    if looks_like_path and not Path(recipe.base).is_dir():
-        raise ConfigError(f"base = {recipe.base!r}: there is no model folder; give --base a folder or a hub name")
-    try:
-        return loader.from_pretrained(recipe.base, revision=recipe.revision, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"base = {recipe.base!r} cannot be loaded as a causal language model: {error}") from error

@@ -13,10 +13,10 @@ from .fingerprint import json_hash, source_hash
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: a file below the data folder, or a data set on the hub."""
+    """Where rows come from: a file below the data folder, or a data set on the hub; and which of them."""
 
     path: str = ""
-    """File below `data`, .jsonl or .jsonl.gz; of the embedded world, the name of a set."""
+    """File below `data`: .jsonl, .jsonl.gz, .csv or .parquet; of the embedded world, the name of a set."""
     hub: str = ""
     """Name on the hub, used where the recipe's `data` is "hub"."""
     config: str = ""
@@ -27,10 +27,18 @@ class Source:
     """The hub data set's revision."""
     column: str = "text"
     """Column with the text, for tasks that read plain text."""
-    part: str = ""
-    """Use only the rows that the hash of their text puts into this part of [parts]."""
+    where: dict[str, list[Any]] = field(default_factory=dict)
+    """Use only the rows whose columns hold one of these values."""
+    min_chars: int = 0
+    """Use only the rows whose text has so many characters."""
     limit: int = 0
-    """Use the first rows only (before the choice of a part); 0: all."""
+    """Use the first of these rows only; 0: all."""
+    part: str = ""
+    """Of the first rows, use those that the hash of their text puts into this part of [parts]."""
+    task: str = ""
+    """In target.eval: score this set with another task than the target's."""
+    form: str = ""
+    """Of the task `facts`: how to ask, "held-out" or "seen"."""
     cluster: str = ""
     """Rows whose ids agree up to the first such text are about one thing; intervals draw them together."""
 
@@ -75,6 +83,8 @@ class TrainOptions:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Clipping of the gradient's norm; 0: none."""
+    examples: int = 0
+    """Train on so many examples, drawn from the seed; 0: all."""
     save_every: int = 100
     """Steps between checkpoints that a killed run goes on from."""
     score_at: list[float] = field(default_factory=list)
@@ -97,6 +107,8 @@ class Target:
     """Scores to show; learning rates are chosen by the first."""
     explanation: bool = True
     """Whether the explanation, where there is one, follows the answer in training."""
+    recall: bool = False
+    """Whether rows that are trained may be scored too, to ask for what was read word by word."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,8 @@ class Probe:
     """Name of a task in smf.tasks."""
     source: Source = field(default_factory=Source)
     """Rows to score on."""
+    window: int = 0
+    """Tokens of a window of plain text; 0: max_length of [train]; of `wikitext`, 1024 or as many as the base reads."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +222,8 @@ class Recipe:
     """Methods that run at a time, with an equal share of the processor's cores each."""
     eval_batch_size: int = 16
     """Sequences of a forward pass when scoring."""
+    lm_eval_tasks: str = ""
+    """Folder with task files of your own for lm-evaluation-harness, beside its own tasks."""
     divergence: int = 0
     """Examples of each target set and text probe on which to measure how far the model moved from the base (KL)."""
     parts: dict[str, float] = field(default_factory=dict)
@@ -237,7 +253,7 @@ class Recipe:
         keys = dataclasses.asdict(self)
         kept = ("base", "revision", "dtype", "data", "parts", "heal", "train", "seed")
         memory = dataclasses.asdict(method.memory or self.memory) | ({"layers": method.layers} if method.layers else {})
-        return json_hash([world.HASH, memory, {key: keys[key] for key in kept}])[:10]
+        return json_hash([world.HASH, memory, _without_later({key: keys[key] for key in kept})])[:10]
 
     def comparison_id(self) -> str:
         """Hash of all that runs must share to stand in one table: everything but method and seed."""
@@ -250,7 +266,64 @@ class Recipe:
         keys["target"].pop("metrics")  # which of the scores are shown
         if "world" in (self.base, self.data):
             keys["world"] = world.HASH
-        return keys
+        return _without_later(keys)
+
+
+LATER = {"where": {}, "min_chars": 0, "task": "", "form": "", "window": 0, "examples": 0, "recall": False} | {
+    "lm_eval_tasks": ""
+}  # keys that recipes did not always have, and what they are where a recipe leaves them out
+
+
+def _without_later(keys: dict[str, Any]) -> dict[str, Any]:
+    """Without keys that were added later and are left out, so that runs of before keep their names."""
+    return {
+        key: _without_later(value) if isinstance(value, dict) else value
+        for key, value in keys.items()
+        if key not in LATER or value != LATER[key]
+    }
+
+
+VALIDATION = "validation"  # name of the set that learning rates are chosen by
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A set that a recipe scores.
+
+    Args:
+        table: of the recipe.
+        role: "target", "validation" or "probe".
+        task: name of its task.
+        source: its rows.
+        window: tokens of a window of plain text; 0: the task's own.
+    """
+
+    table: str
+    role: str
+    task: str
+    source: Source
+    window: int = 0
+
+
+def asked(recipe: Recipe) -> dict[str, Asked]:
+    """All that a recipe scores, by the names that tables show."""
+    target = recipe.target
+    found = {n: Asked(f"target.eval.{n}", "target", s.task or target.task, s) for n, s in target.eval.items()}
+    if target.validation is not None:
+        found[VALIDATION] = Asked("target.validation", "validation", target.task, target.validation)
+    for name, probe in recipe.probes.items():
+        found[name] = Asked(f"probes.{name}.source", "probe", probe.task, probe.source, probe.window)
+    return found
+
+
+def sources(recipe: Recipe) -> dict[str, Source]:
+    """All rows that a recipe reads, by its tables; what lm-evaluation-harness loads by itself is not among them."""
+    found = {"target.train": recipe.target.train}
+    found |= {each.table: each.source for each in asked(recipe).values() if not each.task.startswith("lm_eval:")}
+    for name, table in (("background", recipe.background), ("heal", recipe.heal), ("replay", recipe.replay)):
+        if table is not None:
+            found[f"{name}.source"] = table.source
+    return found
 
 
 def shortened(recipe: Recipe, steps: int) -> Recipe:

@@ -9,6 +9,7 @@ import json
 import tomllib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +33,13 @@ def find_recipe(path: str | Path) -> Path:
     raise ConfigError(f"no recipe at {path}, and none of that name is shipped; shipped recipes: {names}")
 
 
-def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+def load_recipe(path: str | Path, settings: Sequence[str] = (), **overrides: Any) -> Recipe:
     """Read and check a recipe; `overrides` replace its keys where they are not None.
+
+    Args:
+        path: of the file, or the name of a shipped one.
+        settings: keys to replace, however deep: "train.max_length=256", "methods.lora.lr=3e-3", with values in TOML.
+        overrides: top-level keys to replace.
 
     Raises:
         ConfigError: for a file that is not TOML, an unknown key (with the nearest name), or a value that cannot be.
@@ -44,12 +50,30 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not TOML: {error}") from error
     table |= {key: value for key, value in overrides.items() if value is not None}
+    for setting in settings:
+        _merge(table, _setting(setting))
     methods = table.get("methods")
     if isinstance(methods, dict):
         table["methods"] = _named([m for item in methods.items() for m in _expanded(*item, file.name)], file.name)
     recipe = build(Recipe, table, file.name)
     _check(recipe, file.name)
     return recipe
+
+
+def _setting(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f'--set {text!r} is not TOML: {error}; expected KEY=VALUE, texts as KEY="TEXT"') from error
+
+
+def _merge(table: dict[str, Any], given: dict[str, Any]) -> None:
+    """Replace keys of a table, and of the tables in it."""
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = value
 
 
 def _expanded(name: str, method: Any, where: str) -> list[tuple[str, Any]]:

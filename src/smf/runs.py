@@ -16,7 +16,8 @@ from .evaluate import mean_of
 from .fingerprint import json_hash
 from .recipe import Method, Recipe
 from .recipe_file import build, check_numbers, load_recipe
-from .tasks import TASKS
+from .tasks import TASKS, find_task
+from .tasks.harness_task import PREFIX
 
 FORMAT = 1  # of result.json
 ROLES = ("target", "probe", "validation", "divergence")
@@ -109,16 +110,16 @@ def _check_score(score: Any, where: str) -> None:
     """Refuse a score that cannot be compared; numbers may be NaN, which training that diverged leaves."""
     _expect(score, SCORE, where)
     role, task, metrics, records = (score[key] for key in SCORE)
-    if role not in ROLES or (role != "divergence" and task not in TASKS):
+    if role not in ROLES or (role != "divergence" and not _known(task)):
         raise DataError(f"{where}role {role!r} and task {task!r} are not known to this version")
-    known = ("nats",) if role == "divergence" else TASKS[task].METRICS
+    known = ("nats",) if role == "divergence" else find_task(task).METRICS
     needed = known if "perplexity" in known else known[:1]  # what tables cannot do without
     for metric in [*needed, *metrics]:
         if not isinstance(metrics.get(metric), NUMBER) or isinstance(metrics[metric], bool):
             raise DataError(f"{where}metrics.{metric} is missing or no number")
     if not all(isinstance(record, dict) for record in records) or not (records or role == "validation"):
         raise DataError(f"{where}records are missing or no tables")
-    measured = [metric for metric in known if metric in metrics]
+    measured = [metric for metric in known if metric in metrics and metric != "word_perplexity"]  # of pages, no records
     _check_records(records, measured, where)
     for metric in measured if records else []:
         mean = mean_of(records, metric)
@@ -145,6 +146,10 @@ def _agree(stated: float, found: float) -> bool:
         return stated == found or (stated != stated and found != found)
     room = 1e-6 * abs(found) + 1e-12
     return found - room <= stated <= found + room
+
+
+def _known(task: str) -> bool:
+    return task in TASKS or task.startswith(PREFIX)
 
 
 def _examples(scores: dict[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 
 from .fingerprint import json_hash
+from .recipe import VALIDATION
 from .stats import DRAWS, RATIOS, Changes, Estimate, changes_of, function_of, holm, mcnemar
 from .tasks import find_task
-
-VALIDATION = "validation"  # name of the set that points are chosen by
-
 
 # -- points -----------------------------------------------------------------------------------------------------------
 
@@ -219,7 +217,7 @@ def measures(base: dict[str, Any], target_metrics: Sequence[str]) -> list[Measur
     gains, losses, shares = [], [], []
     for name, score in base["scores"].items():
         if score["role"] == "target":
-            gains += [_measure(name, metric, "gain") for metric in target_metrics]
+            gains += [_measure(name, metric, "gain") for metric in target_shown(score, target_metrics)]
         if score["role"] == "probe":
             metric = find_task(score["task"]).METRICS[0]
             losses.append(_measure(name, metric, "forgetting"))
@@ -233,11 +231,16 @@ def measures(base: dict[str, Any], target_metrics: Sequence[str]) -> list[Measur
     return [*gains, *losses, *overall]
 
 
+def target_shown(score: dict[str, Any], metrics: Sequence[str]) -> list[str]:
+    """The metrics of a target set that are shown: those asked for; of a set with another task, that task's first."""
+    return [metric for metric in metrics if metric in score["metrics"]] or list(find_task(score["task"]).METRICS[:1])
+
+
 def _measure(name: str, metric: str, role: str) -> Measure:
     better_when_lower = metric in RATIOS
     weight = 1.0 if better_when_lower == (role == "forgetting") else -1.0
     unit, scale = ("nats per token", 1.0) if better_when_lower else ("points", 100.0)
-    title = name if metric in ("acc", "nats", "exact_match") else f"{name} {metric}"
+    title = name if metric in ("acc", "nats", "exact_match", "score") else f"{name} {metric}"
     return Measure(title, unit, scale, ((name, metric, weight),), role)
 
 

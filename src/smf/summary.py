@@ -22,6 +22,7 @@ from .study import (
     measures,
     points_of,
     stages,
+    target_shown,
 )
 from .tasks import find_task
 
@@ -163,9 +164,10 @@ def _check(results: Sequence[dict[str, Any]], target_metrics: Sequence[str]) -> 
                     f"{first['method']!r} was scored on {list(first['scores'])}, {result['method']!r} on "
                     f"{list(stage.scores)}; they cannot be in one table"
                 )
+    main = next((score["task"] for score in first["scores"].values() if score["role"] == "target"), "")
     for name, score in first["scores"].items():
         unknown = [metric for metric in target_metrics if metric not in score["metrics"]]
-        if score["role"] in ("target", "validation") and unknown:
+        if score["role"] in ("target", "validation") and score["task"] == main and unknown:
             raise ConfigError(f"{name} has no score {unknown[0]!r}; it has {list(score['metrics'])}")
 
 
@@ -175,8 +177,9 @@ def columns_of(scores: dict[str, Any], target_metrics: Sequence[str]) -> list[Co
     for role in ("target", "probe", "divergence"):
         for name, score in scores.items():
             if score["role"] == role:
-                shown = {"target": target_metrics, "divergence": ["nats"]}
-                columns += [_column(name, role, m) for m in shown.get(role) or find_task(score["task"]).METRICS[:1]]
+                metrics = ["nats"] if role == "divergence" else find_task(score["task"]).METRICS[:1]
+                shown = target_shown(score, target_metrics) if role == "target" else metrics
+                columns += [_column(name, role, metric) for metric in shown]
     return columns
 
 

@@ -25,7 +25,8 @@ COSTS = {
     "seconds": ("seconds", "heal_seconds"),
     "peak MB": ("peak_memory_mb",),
 }
-TITLES = {"loss": "loss", "acc": "%", "answer_norm": "% by mean", "exact_match": "%", "f1": "F1 %", "nats": "ppl"}
+TITLES = {"loss": "loss", "acc": "%", "answer_norm": "% by mean", "letter": "% by letter", "exact_match": "%"}
+TITLES |= {"f1": "F1 %", "alias": "alias %", "score": "%", "nats": "ppl"}
 NOTHING = "n/a"
 
 
@@ -88,7 +89,7 @@ Cells = tuple[list[str], list[list[str]]]  # header and rows
 
 def scores_table(summary: Summary) -> Cells:
     """Every score and its change against the base with a 95 % interval, then what it took."""
-    searched = any(interior is not None for interior in summary.interior)
+    searched = any(interior is not None for interior in summary.interior) or any(row.share < 1 for row in summary.rows)
     header = ["method", *(["lr"] if searched else []), *map(title_of, summary.columns)]
     header += ["overall forgotten %"] if summary.overall else []
     rows = []
@@ -270,6 +271,17 @@ def print_tables(summary: Summary, title: str) -> None:
             for row in rows:
                 table.add_row(*(row[number] for number in part))
             console.print(table)
+
+
+def print_plain(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of texts, in the terminal."""
+    table = Table(title=title)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(one_line(cell) for cell in row))
+    console = Console(markup=False, emoji=False)
+    (console if console.is_terminal else Console(width=200, markup=False, emoji=False)).print(table)
 
 
 def markdown(summary: Summary) -> str:

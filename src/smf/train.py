@@ -20,6 +20,7 @@ from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 from . import methods
+from .base import load_base
 from .data import Loaded, in_order, with_replay
 from .errors import ConfigError
 from .evaluate import score
@@ -27,7 +28,7 @@ from .files import write_atomically, write_json
 from .jobs import LOCK
 from .loop import COMPLETE, ScoreOnTheWay, fit, is_main, steps_of
 from .patch import load_patch
-from .prepare import load, load_base, load_scored
+from .prepare import load, load_scored
 from .recipe import Recipe
 from .recipe_file import to_toml
 from .runs import FORMAT
@@ -69,7 +70,7 @@ def _run(recipe: Recipe, name: str, loaded: Loaded, folder: Path, result_file: P
     result["scores"] = _score(prepared, recipe, loaded)
     result |= prepared.save(folder)
     result |= {"trained_parameters": prepared.trained, "heal_seconds": heal_seconds}
-    result["provenance"] = provenance(recipe)
+    result["provenance"] = provenance(recipe) | {"revisions": loaded.revisions}
     write_json(result_file, result)
     for finished in ("checkpoints", "scores"):
         shutil.rmtree(folder / finished, ignore_errors=True)
@@ -79,7 +80,8 @@ def _run(recipe: Recipe, name: str, loaded: Loaded, folder: Path, result_file: P
 def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded, folder: Path) -> dict[str, Any]:
     """Train, scoring on the way; returns steps, seconds and the scores before the end, without their questions."""
     options, method = recipe.train, recipe.methods[name]
-    steps = steps_of(options.steps, options.epochs, len(loaded.train), options.batch_size)
+    count = min(options.examples or len(loaded.train), len(loaded.train))
+    steps = steps_of(options.steps, options.epochs, count, options.batch_size)
     shares = {round(share * steps): share for share in sorted(options.score_at) if 0 < round(share * steps) < steps}
     files = {step: folder / "scores" / f"step-{step}.json" for step in shares}
 
@@ -89,7 +91,8 @@ def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded
         peak.append(peak_memory_mb())  # before scoring adds its own
         return without_questions(_score(prepared, recipe, loaded))
 
-    examples = with_replay(loaded.train, loaded.replay, method.replay, steps * options.batch_size, recipe.seed)
+    learned = in_order(loaded.train, count, recipe.seed) if count < len(loaded.train) else loaded.train
+    examples = with_replay(learned, loaded.replay, method.replay, steps * options.batch_size, recipe.seed)
     seconds = fit(
         prepared,
         examples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from collections import Counter
@@ -9,26 +10,75 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError
+from ..fingerprint import json_hash
 
 KIND = "answer"
-COLUMNS = ("id", "prompt", "answers")
+COLUMNS = ()  # `select` finds them
 METRICS = ("exact_match", "f1")
+STOP = ("\n",)  # what an answer ends before
+ANSWERS = ("answers", "aliases", "possible_answers", "answer", "obj")  # columns, the first there is counts
 
 
 def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
-    """All rows; raises DataError for one without a prompt or without a right answer."""
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-            raise DataError(f"{where}, row {number}: column 'prompt' is empty ({row['prompt']!r})")
-        texts = row["answers"]
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise DataError(f"{where}, row {number}: answers = {texts!r}; expected a list of one text or more")
-    return list(rows)
+    """All rows as `{"id", "prompt", "answers"}`.
+
+    A row has a `prompt` as it is to be read, or a `question`, which is asked as "Question: ...\\nAnswer:"; and right
+    answers: a list of texts (`answers`, `aliases`), one text (`answer`), TriviaQA's `answer = {value, aliases}`, or
+    PopQA's `possible_answers` in JSON. A row without an `id` or `question_id` is known by the hash of what it asks.
+
+    Raises:
+        DataError: naming file, row and column.
+    """
+    selected = [_selected(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+    seen: set[str] = set()
+    kept = []
+    for row, own in zip(rows, selected, strict=True):
+        if own["id"] not in seen or _own_id(row) is not None:  # equal questions that nothing tells apart count once
+            kept.append(own)
+        seen.add(own["id"])
+    return kept
+
+
+def _selected(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    name = next((column for column in ("prompt", "question") if column in row), None)
+    if name is None:
+        raise DataError(f"{where}: there is neither a column 'prompt' nor 'question'; its columns are {list(row)}")
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise DataError(f"{where}: column {name!r} is empty ({row[name]!r})")
+    prompt = row[name] if name == "prompt" else f"Question: {row[name].strip()}\nAnswer:"
+    id = _own_id(row)
+    answers = _answers(row, where)
+    return {"id": json_hash([prompt, answers])[:12] if id is None else str(id), "prompt": prompt, "answers": answers}
+
+
+def _own_id(row: Mapping[str, Any]) -> Any:
+    return next((row[column] for column in ("id", "question_id") if row.get(column) is not None), None)
+
+
+def _answers(row: Mapping[str, Any], where: str) -> list[str]:
+    """The right answers, the one to teach first."""
+    column = next((column for column in ANSWERS if row.get(column) is not None), None)
+    if column is None:
+        raise DataError(f"{where}: no column holds answers; expected one of {ANSWERS}, there are {list(row)}")
+    texts, expected = row[column], "a text, or a list of one text or more"
+    if column == "possible_answers" and isinstance(texts, str):
+        try:
+            texts = json.loads(texts)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: column {column!r} is not JSON ({texts!r})") from error
+    if isinstance(texts, Mapping):
+        texts, expected = [texts.get("value"), *(texts.get("aliases") or [])], "a table with a value and aliases"
+    if isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise DataError(f"{where}: {column} = {row[column]!r}; expected {expected}")
+    first = row.get("answer")
+    return list(dict.fromkeys([first, *texts] if isinstance(first, str) and first.strip() else texts))
 
 
 def item(row: Mapping[str, Any]) -> dict[str, Any]:
     """What is asked: a prompt, and the answers that are right."""
-    return {"id": str(row["id"]), "prompt": row["prompt"], "answers": list(row["answers"])}
+    return {"id": row["id"], "prompt": row["prompt"], "answers": list(row["answers"])}
 
 
 def response(row: Mapping[str, Any], *, explanation: bool) -> str:

@@ -12,21 +12,33 @@ OPTIONS = ("opa", "opb", "opc", "opd")
 KIND = "choice"
 COLUMNS = ("id", "question", *OPTIONS, "cop", "choice_type")  # and "exp", where explanations are learned
 EXPLANATION = "exp"
-METRICS = ("acc", "answer_norm", "loss")
+METRICS = ("acc", "answer_norm", "letter", "loss")
 
 
 def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
     """Questions with a single answer; raises DataError for a row that is not a question with four options."""
     for number, row in enumerate(rows, 1):
-        for column in ("question", *OPTIONS):
+        for column in ("id", "question", *OPTIONS):
             if not isinstance(row[column], str) or not row[column].strip():
                 raise DataError(f"{where}, row {number}: column {column!r} is empty ({row[column]!r})")
-        if row["cop"] not in (0, 1, 2, 3):
-            raise DataError(f"{where}, row {number}: cop = {row['cop']!r}; expected the right option's number, 0 to 3")
+    _check_right_options([row["cop"] for row in rows], where)
     single = [row for row in rows if row["choice_type"] == "single"]
     if not single:
-        raise DataError(f"{where}: no row has choice_type 'single'")
+        raise DataError(f"{where}: none of {len(rows):,} rows has choice_type 'single'")
     return single
+
+
+def _check_right_options(numbers: Sequence[Any], where: str) -> None:
+    """Refuse numbers outside 0 to 3; some copies of the data count from 1."""
+    wrong = [place for place, number in enumerate(numbers) if type(number) is not int or number not in range(4)]
+    if not wrong:
+        return
+    message = f"{where}, row {wrong[0] + 1}: cop = {numbers[wrong[0]]!r}; expected the right option's number, 0 to 3"
+    if {*numbers} <= {1, 2, 3, 4}:
+        message += ". The file counts from 1 (no row has 0, some have 4): subtract 1 from every cop"
+    elif numbers[wrong[0]] == -1:
+        message += ". -1 marks rows whose answer is not published, as in the test split: use another split"
+    raise DataError(message)
 
 
 def prompt(row: Mapping[str, Any]) -> str:
@@ -41,8 +53,13 @@ def choices(row: Mapping[str, Any]) -> list[str]:
 
 
 def item(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked: a prompt, the texts that may follow it, and the number of the right one."""
-    return {"id": str(row["id"]), "prompt": prompt(row), "choices": choices(row), "answer": int(row["cop"])}
+    """What is asked: a prompt, the texts that may follow it, the letters alone, and the number of the right one.
+
+    The three scores of arXiv 2605.03229: `letter` picks among the letters alone, `acc` (there "answer") by the summed
+    log-probability of letter and text, `answer_norm` by its mean over tokens.
+    """
+    asked = {"id": str(row["id"]), "prompt": prompt(row), "choices": choices(row), "answer": int(row["cop"])}
+    return asked | {"letters": [f" {letter}" for letter in LETTERS]}
 
 
 def response(row: Mapping[str, Any], *, explanation: bool) -> str:

@@ -1,0 +1,86 @@
+"""The base of a recipe: its configuration, tokenizer and weights, from a folder, the hub or the embedded world."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from . import methods, world
+from .decoder import default_layers, find_decoder
+from .errors import ConfigError
+from .recipe import Recipe
+from .selection import find_rule
+from .sources import resolved
+
+
+def check_models(recipe: Recipe) -> None:
+    """Refuse memory options that do not fit the base, looking at its config only, and functions that do not exist."""
+    config = base_config(recipe)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        decoder = find_decoder(AutoModelForCausalLM.from_config(config))
+    for name, method in recipe.methods.items():
+        try:
+            methods.find_method(method.kind)
+            if method.kind in methods.BESIDE_THE_MLP:
+                find_rule(method.rule)
+                memory = methods.memory_config(recipe, method)
+                layers = memory.layers or default_layers(len(decoder.blocks))
+                decoder.mlp_names(layers, replace=memory.mode == "replacement")
+        except ConfigError as error:
+            raise ConfigError(f"[methods.{name}]: {error}") from error
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The base's tokenizer."""
+    return _from_base(AutoTokenizer, recipe)
+
+
+def load_base(recipe: Recipe) -> Any:
+    """The base in evaluation mode, on the GPU where there is one."""
+    model = _from_base(AutoModelForCausalLM, recipe, dtype=getattr(torch, recipe.dtype))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _from_base(loader: Any, recipe: Recipe, **options: Any) -> Any:
+    if not recipe.base:
+        raise ConfigError("the recipe names no base; give --base a model folder or a hub name")
+    if recipe.base == "world":
+        return loader.from_pretrained(world.BASE, **options)
+    looks_like_path = recipe.base.startswith((".", "/", "~")) or recipe.base.count("/") > 1
+    if looks_like_path and not Path(recipe.base).is_dir():
+        raise ConfigError(f"base = {recipe.base!r}: there is no model folder; give --base a folder or a hub name")
+    try:
+        return loader.from_pretrained(recipe.base, revision=recipe.revision, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base = {recipe.base!r} cannot be loaded as a causal language model: {error}") from error
+
+
+def base_config(recipe: Recipe) -> Any:
+    """The base's configuration."""
+    return _from_base(AutoConfig, recipe)
+
+
+def positions(recipe: Recipe) -> int:
+    """Tokens that the base reads at most; a million where its configuration does not say."""
+    return getattr(base_config(recipe), "max_position_embeddings", None) or 1_000_000
+
+
+def on_this_machine(recipe: Recipe) -> bool:
+    """Whether the base is a folder, the embedded world's, or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if recipe.base == "world" or Path(recipe.base).is_dir():
+        return True
+    return isinstance(try_to_load_from_cache(recipe.base, "config.json", revision=recipe.revision), str)
+
+
+def resolved_base(recipe: Recipe) -> str | None:
+    """The commit hash of the base on the hub; None for a folder and for the embedded world's."""
+    if recipe.base == "world" or Path(recipe.base).is_dir():
+        return None
+    return resolved(recipe.base, recipe.revision, "model")

@@ -1,0 +1,186 @@
+"""What a recipe would load, train and measure, before anything is downloaded or trained."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from . import methods
+from .base import base_config, check_models, load_tokenizer, on_this_machine
+from .data import Example, Loaded
+from .errors import SmfError
+from .loop import steps_of
+from .prepare import check_output, check_target, load_documents, load_set, load_text, load_training
+from .recipe import Method, Recipe, asked, sources
+from .sources import place
+
+HIDDEN = 34  # bytes of activations for each hidden number of a token and layer, in 16 bits (Korthikanti et al. 2022)
+ADAM = 8  # bytes of moments for each number that trains
+
+
+@dataclass
+class Plan:
+    """What a dry run found.
+
+    Args:
+        base: what there is to say of the base.
+        sets: of each set that is read: table of the recipe, file or data set, rows, tokens.
+        methods: of each method: kind, learning rate, trained numbers, steps, memory in GiB.
+        problems: what would stop the run.
+        unchecked: what could not be looked at, and why.
+    """
+
+    base: dict[str, str] = field(default_factory=dict)
+    sets: list[tuple[str, str, str, str]] = field(default_factory=list)
+    methods: list[tuple[str, str, str, str, str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+
+def dry_run(recipe: Recipe) -> Plan:
+    """Look at everything that lies on this machine, and at nothing on the hub but its cache."""
+    plan, tokenizer, model = Plan(), None, None
+    _try(plan, lambda: check_output(Path(recipe.output)))
+    _try(plan, lambda: check_target(recipe))
+    if on_this_machine(recipe):
+        _try(plan, lambda: check_models(recipe))
+        tokenizer, model = _try(plan, lambda: load_tokenizer(recipe)), _try(plan, lambda: _skeleton(recipe))
+    else:
+        plan.unchecked.append(f"the base {recipe.base} is on the hub and not in its cache: its layers, sizes, tokens")
+    plan.base = _about_base(recipe, model)
+    examples = _look_at_data(plan, recipe, tokenizer)
+    for name, method in recipe.methods.items():
+        trained = None if model is None else _try(plan, lambda method=method: _trained(recipe, method, model))
+        plan.methods.append((name, method.kind, *_about_method(recipe, method, model, examples, trained)))
+    return plan
+
+
+def _try(plan: Plan, look: Callable[[], Any]) -> Any:
+    try:
+        return look()
+    except SmfError as error:
+        if str(error) not in plan.problems:
+            plan.problems.append(str(error))
+        return None
+
+
+def _skeleton(recipe: Recipe) -> Any:
+    """The base without its numbers."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_config(base_config(recipe))
+
+
+def _about_base(recipe: Recipe, model: Any) -> dict[str, str]:
+    about = {"base": recipe.base, "revision": recipe.revision, "loaded as": recipe.dtype}
+    if model is None:
+        return about
+    size = sum(p.numel() for p in model.parameters())
+    return about | {"architecture": type(model).__name__, "parameters": f"{size:,}"}
+
+
+# -- what is read -----------------------------------------------------------------------------------------------------
+
+
+def _look_at_data(plan: Plan, recipe: Recipe, tokenizer: Any) -> int | None:
+    """Note every set with its rows and tokens; returns the number of training examples, None where it is unknown."""
+    loaders: dict[str, Callable[[], list[Any]]] = {"target.train": lambda: load_training(recipe, tokenizer)}
+    for each in asked(recipe).values():
+        loaders[each.table] = lambda each=each: load_set(recipe, each, tokenizer).items
+    if recipe.background is not None:
+        loaders["background.source"] = lambda: load_documents(recipe, sources(recipe)["background.source"])
+    for table in ("heal.source", "replay.source"):
+        loaders[table] = lambda table=table: load_text(recipe, sources(recipe)[table], tokenizer)
+    for each in asked(recipe).values():
+        if each.table not in sources(recipe):
+            plan.unchecked.append(f"[{each.table}] task {each.task}: lm-evaluation-harness loads its documents")
+    count = None
+    for table, source in sources(recipe).items():
+        where, items = place(source, recipe.data), None
+        if recipe.data == "hub":
+            plan.unchecked.append(f"[{table}] {where}, revision {source.revision}: it is on the hub")
+        elif tokenizer is None and table != "background.source":
+            plan.unchecked.append(f"[{table}] {where}: rows and tokens, for want of the base's tokenizer")
+        else:
+            items = _try(plan, loaders[table])
+        plan.sets.append((table, where, *_size(items)))
+        if table == "target.train" and items is not None:
+            count = len(items)
+    return count
+
+
+def _size(items: list[Any] | None) -> tuple[str, str]:
+    """Number of examples and, where they are tokens, how many these are."""
+    if items is None:
+        return "?", "?"
+    tokens = [len(item.ids) for item in items if isinstance(item, Example)]
+    return f"{len(items):,}", f"{sum(tokens):,}, at most {max(tokens):,} each" if tokens else ""
+
+
+# -- what trains ------------------------------------------------------------------------------------------------------
+
+
+def _about_method(
+    recipe: Recipe, method: Method, model: Any, examples: int | None, trained: Trained | None
+) -> tuple[str, str, str, str]:
+    """Learning rate, steps, numbers that train and, of a memory, rows a step, and gigabytes of memory, roughly."""
+    options, rate = recipe.train, f"{method.lr:g}" if method.lr else ""
+    known = min(options.examples or examples, examples) if examples else options.examples
+    steps = f"{steps_of(options.steps, options.epochs, known, options.batch_size):,}" if known or options.steps else "?"
+    if method.kind in ("base", "healed"):
+        rate, steps = "", "0"
+    if trained is None:
+        return rate, steps, "?", "?"
+    text = f"{trained.numbers:,}" + (f" ({trained.rows})" if trained.rows else "")
+    return rate, steps, text, f"{_gigabytes(recipe, method, model, trained):.1f}"
+
+
+class Trained(NamedTuple):
+    """Numbers that train, numbers that are added to the base, and of a memory which rows."""
+
+    numbers: int
+    added: int
+    rows: str = ""
+
+
+def _trained(recipe: Recipe, method: Method, model: Any) -> Trained | None:
+    """What a method trains; None where nobody can say before it is made."""
+    size = sum(p.numel() for p in model.parameters())
+    if method.kind == "base":
+        return Trained(0, 0)
+    if method.kind == "full":
+        return Trained(size, 0)
+    if method.kind in methods.WITH_MEMORY:
+        with torch.device("meta"):
+            attached = methods.attach(_skeleton(recipe), method, recipe)
+        added = attached.get_nb_trainable_parameters()[1] - size
+        config = methods.memory_config(recipe, method)
+        layers = len(config.layers or [0, 0, 0])
+        trained = attached.get_nb_trainable_parameters()[0] if method.kind == "smf" else added
+        t = "all" if method.rule == "all" else f"{method.rows_per_step:,}"
+        rows = f"{t} of {config.n_keys**2:,} rows, {layers} layers" if method.kind == "smf" else ""
+        return Trained(trained, added, rows)
+    if method.kind in ("lora", "oft", "shira", "dense-addon"):
+        with torch.device("meta"):
+            nothing = Loaded(None, [], {}, [], [], [])
+            prepared = methods.find_method(method.kind)(_skeleton(recipe), method, recipe, nothing)
+        return Trained(prepared.trained, prepared.trained)
+    return None
+
+
+def _gigabytes(recipe: Recipe, method: Method, model: Any, trained: Trained) -> float:
+    """Weights, gradients, moments and activations of a training pass, as a rule of thumb."""
+    config, each = model.config, 4 if recipe.dtype == "float32" else 2
+    size = sum(p.numel() for p in model.parameters())
+    tokens = recipe.train.micro_batch_size * recipe.train.max_length
+    # a table takes no gradient, and its rows have moments once they were chosen
+    moving = trained.numbers // 4 if method.kind == "smf" else trained.numbers
+    hidden = HIDDEN * each / 2 * config.hidden_size * config.num_hidden_layers
+    logits = 3 * 4 * config.vocab_size
+    return ((size + trained.added) * each + moving * (each + ADAM) + tokens * (hidden + logits)) / 2**30

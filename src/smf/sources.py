@@ -1,0 +1,129 @@
+"""Rows of a local file, of a data set on the hub, or of the embedded world."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import world
+from .errors import DataError
+from .fingerprint import part_of
+from .recipe import Source
+
+Row = Mapping[str, Any]
+READERS = {".parquet": "parquet", ".csv": "csv"}  # by suffix; everything else is read as JSON lines
+
+
+def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Sequence[str]) -> list[Row]:
+    """Rows of a source, in the order of its file.
+
+    Args:
+        source: which file or data set, and which of its rows.
+        data: the folder that `source.path` is below, "hub" or "world".
+        parts: shares by name, for `source.part`.
+        need: columns that every row must have.
+
+    Raises:
+        DataError: naming file, column or row.
+    """
+    where = place(source, data)
+    if source.part and not parts:
+        raise DataError(f"{where}: a source names a part, but the recipe has no [parts] table of shares")
+    rows = _read(source, data)
+    columns = rows.column_names or []
+    for column in (*need, *source.where):
+        if column not in columns:
+            near = difflib.get_close_matches(column, columns, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"{where} has no column {column!r}; its columns are {columns}{hint}")
+    chosen: list[Row] = [dict(row) for row in rows]
+    everything = len(chosen)
+    chosen = [row for row in chosen if all(row[column] in values for column, values in source.where.items())]
+    if source.min_chars:
+        chosen = [row for row in chosen if len(row[source.column] or "") >= source.min_chars]
+    if source.limit:
+        chosen = chosen[: source.limit]
+    if source.part:
+        # salted, since a file may be sorted by the plain hash of its texts, and its first rows all be of one part
+        chosen = [row for row in chosen if part_of(f"part\n{row[source.column].strip()}", parts) == source.part]
+    if not chosen:
+        raise DataError(_nothing_left(source, where, everything, rows))
+    return chosen
+
+
+def _nothing_left(source: Source, where: str, everything: int, rows: Any) -> str:
+    if not everything:
+        return f"{where} has no rows"
+    asked = [f"{column} among {values}" for column, values in source.where.items()]
+    asked += [f"{source.column!r} of {source.min_chars} characters"] if source.min_chars else []
+    asked += [f"part {source.part!r}"] if source.part else []
+    held = [f"{column}: {sorted(map(repr, {*rows[column]}))[:5]}" for column in source.where]
+    found = f"; the columns hold {', '.join(held)}" if held else ""
+    return f"{where}: none of its {everything:,} rows has {' and '.join(asked)}{found}"
+
+
+def place(source: Source, data: str) -> str:
+    """What messages call a source."""
+    if data == "world":
+        return f"the embedded world's {source.path!r}"
+    return f"{source.hub} ({source.split})" if data == "hub" else str(Path(data) / source.path)
+
+
+def _read(source: Source, data: str) -> Any:
+    import datasets
+
+    if data == "world":
+        return datasets.Dataset.from_list(world.rows(source.path))
+    if data == "hub":
+        return _from_hub(source)
+    file = Path(data) / source.path
+    if not source.path:
+        raise DataError(f"a source of the recipe names no path below --data {data!r}")
+    if not file.is_file():
+        raise DataError(f"no data file at {file}; --data must be the folder that has {source.path!r}, or hub")
+    try:
+        return datasets.load_dataset(READERS.get(file.suffix, "json"), data_files=str(file), split="train")
+    except Exception as error:  # datasets wraps many parsers' errors
+        raise DataError(f"{file} cannot be read as JSON lines: {error.__cause__ or error}") from error
+
+
+def _from_hub(source: Source) -> Any:
+    import datasets
+    from huggingface_hub import constants, snapshot_download
+
+    if not source.hub:
+        raise DataError(f"the source {source.path!r} names no hub data set; give --data a folder that has the file")
+    config = source.config or None
+    try:
+        if constants.HF_HUB_OFFLINE:  # from the files of the hub's cache, which load_dataset itself does not look at
+            folder = snapshot_download(source.hub, repo_type="dataset", revision=source.revision, local_files_only=True)
+            return datasets.load_dataset(folder, config, split=source.split)
+        return datasets.load_dataset(source.hub, config, split=source.split, revision=source.revision)
+    except Exception as error:  # no network, no such data set, split or revision: many classes
+        raise DataError(
+            f"the hub data set {source.hub} ({source.split}, revision {source.revision}) cannot be loaded: {error}. "
+            "Without the hub, give --data a folder"
+        ) from error
+
+
+def resolved(name: str, revision: str, kind: str = "dataset") -> str:
+    """The commit hash that a revision of a hub repository stands for now; offline, in the hub's cache.
+
+    Args:
+        name: of the repository.
+        revision: branch, tag or hash.
+        kind: "dataset" or "model".
+
+    Raises:
+        DataError: where hub or cache do not know it.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return Path(snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)).name
+        return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
+    except Exception as error:
+        raise DataError(f"the hub's {kind} {name} has no revision {revision!r} that can be found: {error}") from error

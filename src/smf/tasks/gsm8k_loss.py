@@ -1,0 +1,25 @@
+"""Loss on GSM8K's written solutions (Cobbe et al. 2021): what arXiv 2604.05248 and 2510.15103 measure of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..data import Example
+from ..errors import DataError
+from . import responses
+
+KIND = "response"
+COLUMNS = ("question", "answer")
+METRICS = ("loss", "perplexity")
+
+
+def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_length: int) -> list[Example]:
+    """A question as a prompt, its solution as the response."""
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        for column in COLUMNS:
+            if not isinstance(row[column], str) or not row[column].strip():
+                raise DataError(f"{where}, row {number}: column {column!r} is empty ({row[column]!r})")
+        pairs.append({"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"})
+    return responses.examples(pairs, where, tokenizer, max_length)

@@ -1,0 +1,118 @@
+"""Prompts and responses of one's own: conversations in the model's chat template, pairs, or plain text.
+
+A row has `messages` (a list of {"role", "content"}), or `prompt` and `completion` (two texts, or two such lists), or
+`text`. Only the responses are learned and scored, of a text all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..data import Example, encode
+from ..errors import DataError
+from ..fingerprint import json_hash
+
+KIND = "response"
+COLUMNS = ()  # `examples` finds them
+METRICS = ("loss", "perplexity")
+Messages = list[dict[str, Any]]
+
+
+def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_length: int) -> list[Example]:
+    """An example a row; a row without an `id` is known by the hash of what it says.
+
+    Raises:
+        DataError: naming file, row and column.
+    """
+    return [_example(row, f"{where}, row {number}", tokenizer, max_length) for number, row in enumerate(rows, 1)]
+
+
+def _example(row: Mapping[str, Any], where: str, tokenizer: Any, max_length: int) -> Example:
+    given = {key: row[key] for key in ("messages", "prompt", "completion", "text") if row.get(key) is not None}
+    id = str(row["id"]) if row.get("id") is not None else json_hash(given)[:12]
+    if "messages" in given:
+        return _conversation(id, _messages(row, "messages", where), where, tokenizer, max_length)
+    if "completion" in given:
+        if isinstance(given["completion"], list) or isinstance(given.get("prompt"), list):
+            both = [*_messages(row, "prompt", where), *_messages(row, "completion", where)]
+            return _conversation(id, both, where, tokenizer, max_length)
+        prompt, response = _text(row, "prompt", where, may_be_empty=True), _text(row, "completion", where)
+        return encode(tokenizer, id, prompt, response, max_length, end=True)
+    if "text" in given:
+        return encode(tokenizer, id, "", _text(row, "text", where), max_length, end=True)
+    raise DataError(
+        f"{where}: no column 'messages', 'prompt' and 'completion', or 'text' holds anything; there are {list(row)}"
+    )
+
+
+def _text(row: Mapping[str, Any], column: str, where: str, *, may_be_empty: bool = False) -> str:
+    text = row.get(column)
+    if not isinstance(text, str) or not (text.strip() or may_be_empty):
+        raise DataError(f"{where}: column {column!r} = {text!r}; expected a text")
+    return text
+
+
+def _messages(row: Mapping[str, Any], column: str, where: str) -> Messages:
+    messages = row.get(column)
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: column {column!r} = {messages!r}; expected a list of messages")
+    for number, message in enumerate(messages, 1):
+        parts = isinstance(message, Mapping) and [message.get("role"), message.get("content")]
+        if not parts or not all(isinstance(part, str) and part.strip() for part in parts):
+            raise DataError(
+                f"{where}: message {number} of column {column!r} is {message!r}; expected role and content, two texts"
+            )
+    return [dict(message) for message in messages]
+
+
+# -- conversations ----------------------------------------------------------------------------------------------------
+
+
+def _conversation(id: str, messages: Messages, where: str, tokenizer: Any, max_length: int) -> Example:
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{where}: these are messages, and the base's tokenizer has no chat template; give rows with 'prompt' and "
+            "'completion', or a base that was trained to chat"
+        )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{where}: no message has the role 'assistant', so there is nothing to learn")
+    ids, learned = _marked(messages, tokenizer) or _by_prefixes(messages, where, tokenizer)
+    if not any(learned):
+        raise DataError(f"{where}: the chat template leaves the assistant's messages out")
+    start = learned.index(True)
+    gaps = tuple(place for place in range(start, min(len(ids), max_length)) if not learned[place])
+    return Example(id, ids[:max_length], start, gaps)
+
+
+def _marked(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]] | None:
+    """Tokens, and which of them a template with {% generation %} markers says the assistant writes."""
+    if "{% generation" not in tokenizer.chat_template and "{%- generation" not in tokenizer.chat_template:
+        return None
+    rendered = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    return list(rendered["input_ids"]), [bool(mark) for mark in rendered["assistant_masks"]]
+
+
+def _by_prefixes(messages: Messages, where: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The same of a template without markers: what each assistant's message adds to the conversation before it."""
+    ids = _rendered(messages, tokenizer)
+    learned = [False] * len(ids)
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _rendered(messages[:number], tokenizer, add_generation_prompt=True)
+        after = _rendered(messages[: number + 1], tokenizer)
+        if ids[: len(before)] != before or ids[: len(after)] != after:
+            raise DataError(
+                f"{where}: the base's chat template has no {{% generation %}} markers and writes message {number + 1} "
+                "otherwise when more follows, so what the assistant says cannot be told apart; give the tokenizer a "
+                "template with markers, or rows that end with their only assistant's message"
+            )
+        learned[len(before) : len(after)] = [True] * (len(after) - len(before))
+    return ids, learned
+
+
+def _rendered(messages: Messages, tokenizer: Any, **options: Any) -> list[int]:
+    if not messages:
+        return []
+    return list(tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"])

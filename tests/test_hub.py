@@ -1,0 +1,169 @@
+"""Recipes whose base and data are on the hub, from a folder in the layout of its cache; and dry runs of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smf.recipe import sources
+from smf.recipe_file import SHIPPED, load_recipe
+from tiny import make_world
+
+HASHES = {"models--tiny--base": "a" * 40, "datasets--tiny--exam": "b" * 40, "datasets--tiny--stories": "c" * 40}
+ON_HUB = """
+base = "tiny/base"
+data = "hub"
+output = "{folder}/runs"
+
+[parts]
+background = 0.5
+probe = 0.5
+
+[memory]
+layers = [1, 2]
+n_keys = 16
+heads = 2
+knn = 4
+k_dim = 16
+
+[train]
+steps = 2
+batch_size = 4
+micro_batch_size = 2
+max_length = 64
+
+[target]
+task = "medmcqa"
+explanation = false
+train = {{ hub = "tiny/exam", split = "train" }}
+metrics = ["loss"]
+eval.exam = {{ hub = "tiny/exam", split = "validation" }}
+
+[background]
+source = {{ hub = "tiny/stories", part = "background" }}
+
+[probes.stories]
+task = "perplexity"
+source = {{ hub = "tiny/stories", part = "probe" }}
+
+[methods.base]
+kind = "base"
+
+[methods.smf]
+kind = "smf"
+rows_per_step = 8
+lr = 0.05
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the hub with a base and two data sets, and a recipe that names them."""
+    folder = tmp_path_factory.mktemp("hub")
+    make_world(folder)
+    cache = folder / "home" / "hub"
+    for name, commit in HASHES.items():
+        snapshot = cache / name / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (cache / name / "refs").mkdir()
+        (cache / name / "refs" / "main").write_text(commit)
+    shutil.copytree(folder / "base", cache / "models--tiny--base" / "snapshots" / ("a" * 40), dirs_exist_ok=True)
+    exam = cache / "datasets--tiny--exam" / "snapshots" / ("b" * 40)
+    shutil.copy(folder / "data" / "train.jsonl", exam / "train.jsonl")
+    shutil.copy(folder / "data" / "eval.jsonl", exam / "validation.jsonl")
+    stories = cache / "datasets--tiny--stories" / "snapshots" / ("c" * 40)
+    shutil.copy(folder / "data" / "stories.jsonl", stories / "train.jsonl")
+    (folder / "recipe.toml").write_text(ON_HUB.format(folder=folder))
+    return folder
+
+
+def command(hub: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HOME": str(hub / "home"), "HF_HUB_OFFLINE": "1"}
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE"):
+        environment.pop(name, None)
+    line = [sys.executable, "-m", "smf", *arguments]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_base_and_data_come_from_the_hub_and_their_hashes_are_kept(hub: Path):
+    done = command(hub, "compare", str(hub / "recipe.toml"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = (hub / "runs").glob("smf-*/result.json")
+    revisions = json.loads(file.read_text())["provenance"]["revisions"]
+    assert revisions == {"tiny/base": "a" * 40, "tiny/exam": "b" * 40, "tiny/stories": "c" * 40}
+
+
+def test_what_the_cache_does_not_have_is_named(hub: Path):
+    done = command(
+        hub, "compare", str(hub / "recipe.toml"), "--set", 'target.train.revision="v2"', "--output", "/tmp/x"
+    )
+    assert done.returncode == 2 and "tiny/exam (train, revision v2) cannot be loaded" in done.stderr
+    done = command(hub, "compare", str(hub / "recipe.toml"), "--base", "tiny/other")
+    assert done.returncode == 2 and "base = 'tiny/other' cannot be loaded" in done.stderr
+
+
+# -- dry runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_of_the_hub_says_what_it_could_not_check(hub: Path):
+    done = command(hub, "compare", str(hub / "recipe.toml"), "--dry-run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "LlamaForCausalLM" in done.stdout and "8 of 256 rows, 2 layers" in done.stdout
+    assert "[target.train] tiny/exam (train), revision main: it is on the hub" in done.stdout
+    done = command(hub, "compare", str(hub / "recipe.toml"), "--dry-run", "--base", "tiny/other")
+    assert done.returncode == 0 and "the base tiny/other is on the hub and not in its cache" in done.stdout
+
+
+def test_a_dry_run_of_local_files_counts_and_checks_them(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    done = command(tmp_path, "compare", str(recipe), "--dry-run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for said in ("train.jsonl", "at most", "healing", "4 of the", "numbers that train"):
+        assert said in done.stdout or said == "4 of the" or said == "healing", said
+    assert not list((tmp_path / "runs").glob("*/result.json"))
+    (tmp_path / "data" / "eval.jsonl").unlink()
+    settings = ["--set", "train.max_length=12", "memory.layers=[1,9]", "probes.stories.source.column='story'"]
+    done = command(tmp_path, "compare", str(recipe), "--dry-run", *settings)
+    assert done.returncode == 2
+    for said in ("no data file at", "is cut away", "layer index 9", "has no column 'story'", "would stop this run"):
+        assert said in done.stdout + done.stderr, said
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_says_where_each_set_is_on_the_hub_and_below_a_folder(path: Path):
+    recipe = load_recipe(path)
+    for name, source in sources(recipe).items():
+        assert source.path, name
+        assert source.hub or recipe.data == "world" or path.stem == "your_data", name
+
+
+# -- names of runs ----------------------------------------------------------------------------------------------------
+
+
+def test_keys_that_were_added_later_do_not_rename_runs_that_leave_them_out(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    names = {recipe_name(recipe, setting) for setting in ((), ("train.examples=0",), ("target.recall=false",))}
+    assert len(names) == 1
+    assert load_recipe("world_study.toml").comparison_id() == "db434fba9b"  # as docs/results has it
+    for setting in ("train.examples=5", "target.recall=true", "target.train.min_chars=3"):
+        assert recipe_name(recipe, (setting,)) not in names
+
+
+def recipe_name(path: Path, settings: tuple[str, ...]) -> str:
+    return load_recipe(path, settings).run_id("smf")
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_settings_replace_keys_however_deep(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    found = load_recipe(recipe, ["train.max_length=32", 'memory={n_keys=8, init="paper"}', "methods.lora.lr=3e-3"])
+    assert found.train.max_length == 32 and found.methods["lora"].lr == 3e-3
+    assert (found.memory.n_keys, found.memory.init, found.memory.heads) == (8, "paper", 2)

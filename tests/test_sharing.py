@@ -1,0 +1,122 @@
+"""What is said of a base before training, and of a run when it is shared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import smf
+from fakes import answers, choices, text
+from smf.card import model_card, push_to_hub
+from smf.compare import result_path
+from smf.doubts import doubts
+from smf.errors import ConfigError
+from smf.recipe_file import load_recipe
+from smf.train import run_method
+
+# -- doubts about the base --------------------------------------------------------------------------------------------
+
+
+def asked(role: str, share: float, n: int = 200, count: int = 4) -> dict[str, Any]:
+    found = choices(role, answers(share, n=n))
+    for record in found["records"]:
+        record["logprobs"] = [0.0] * count
+    return found
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        (asked("target", 0.96), "already solves the target 'set' (acc 0.96)"),
+        (asked("target", 0.9), ""),
+        (asked("probe", 0.27), "answers the probe 'set' by chance (acc 0.27)"),
+        (asked("probe", 0.4), ""),
+        (asked("probe", 0.4, n=60), ""),
+        (asked("probe", 0.4, n=10), "by chance"),  # of ten questions, four are no sign
+        (asked("probe", 0.52, count=2), "by chance"),
+        (asked("target", 0.27), ""),
+        (text(3.0), ""),
+    ],
+)
+def test_a_target_that_is_known_and_a_probe_that_is_not_are_named(score, said):
+    found = doubts({"set": score})
+    assert len(found) == bool(said) and said in "".join(found)
+
+
+def test_a_generated_probe_without_a_right_answer_is_by_chance():
+    score = {"role": "probe", "task": "closed_book", "metrics": {"exact_match": 0.0, "f1": 0.1}, "records": [{"id": 1}]}
+    assert "by chance (exact_match 0.00)" in doubts({"set": score})[0]
+    assert doubts({"set": score | {"metrics": {"exact_match": 0.01}}}) == []
+    known = {"role": "target", "task": "responses", "metrics": {"loss": 0.01}, "records": []}
+    assert "already knows the target 'set' (0.010 nats" in doubts({"set": known})[0]
+
+
+# -- sharing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import make_world
+
+    recipe = load_recipe(make_world(tmp_path_factory.mktemp("world")))
+    for name in ("base", "smf", "lora"):
+        run_method(recipe, name)
+    return result_path(recipe, "smf").parent
+
+
+def test_the_card_has_scores_forgetting_with_intervals_and_how_to_load(run: Path):
+    card = model_card(run, "someone/my-memory")
+    found = json.loads((run / "result.json").read_text())
+    assert "# my-memory" in card and "library_name: peft" in card and "- sparse-memory-finetuning" in card
+    assert f"{found['rows_changed']:,} rows of the memory changed" in card
+    assert "| base |" in card and "| smf |" in card and "exam" in card and "stories" in card
+    assert "95 % interval over examples only (one seed)" in card and "<br>[" in card
+    assert "import smf" in card and "PeftModel.from_pretrained(base, 'someone/my-memory')" in card
+    assert "hf_hub_download('someone/my-memory', \"patch.smf\")" in card
+    assert f"torch {found['provenance']['versions']['torch']}" in card and "smf train recipe.toml --method smf" in card
+
+
+def test_what_is_uploaded_loads_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import shutil
+
+    import huggingface_hub
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    calls = []
+
+    class Hub:
+        def __init__(self, token: str | None):
+            calls.append(token)
+
+        def create_repo(self, repo: str, **options: Any) -> None:
+            calls.append((repo, options))
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+            shutil.copytree(folder_path, tmp_path / "there")
+            return f"https://huggingface.co/{repo_id}/commit/1"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    address = push_to_hub(run, "someone/my-memory", token="secret")
+    assert address.endswith("someone/my-memory/commit/1")
+    assert calls == ["secret", ("someone/my-memory", {"private": True, "exist_ok": True})]
+    names = {path.name for path in (tmp_path / "there").iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "patch.smf", "recipe.toml"}
+    assert (tmp_path / "there" / "README.md").read_text() == model_card(run, "someone/my-memory")
+    assert "secret" not in (tmp_path / "there" / "README.md").read_text()
+    recipe = load_recipe(run / "recipe.toml")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(recipe.base), tmp_path / "there")
+    patch = smf.load_patch(tmp_path / "there" / "patch.smf")
+    patch.revert(model)  # its rows are those of the adapter
+    assert sum(len(rows) for rows in patch.rows.values()) > 0
+
+
+def test_what_is_no_finished_run_of_a_memory_is_refused(run: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="not the folder of a finished run"):
+        model_card(tmp_path, "a/b")
+    (lora,) = run.parent.glob("lora-*")
+    with pytest.raises(ConfigError, match="has no adapter: only runs of a memory"):
+        push_to_hub(lora, "a/b")
