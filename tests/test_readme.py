@@ -134,12 +134,14 @@ def test_links_lead_somewhere():
 def test_table_of_the_demo_is_the_committed_result():
     page = (REPO / "docs" / "results" / "demo.md").read_text()
     table = [line for line in README.splitlines() if line in page.splitlines() and line.startswith("|")]
-    results = json.loads((REPO / "docs" / "results" / "demo.json").read_text())
+    found = json.loads((REPO / "docs" / "results" / "demo.json").read_text())
     lines = {line.split(" | ")[0].strip("| "): line for line in table}
-    for result in results:
-        scores = result["scores"]
-        expected = [f"{100 * scores[name]['metrics']['acc']:.1f}" for name in ("held-out", "seen", "near-domain")]
-        expected += [f"{100 * scores['closed-book']['metrics']['exact_match']:.1f}"]
-        expected += [f"{scores['general-text']['metrics']['perplexity']:.3f}", f"{result['rows_changed']:,}"]
-        cells = [cell.split("<br>")[0] for cell in lines[result["method"]].strip("| ").split(" | ")]
-        assert cells[1:7] == expected
+    for result in [found["base"], *found["methods"]]:
+        scores = result["scores_by_seed"]["0"]
+        expected = [f"{100 * scores[name]['acc']:.1f}" for name in ("held-out", "seen", "near-domain")]
+        expected += [f"{100 * scores['closed-book']['exact_match']:.1f}", f"{scores['general-text']['perplexity']:.3f}"]
+        cells = [cell.strip().split("<br>") for cell in lines[result["method"]].strip("|").split(" | ")]
+        assert [cell[0] for cell in cells[1:6]] == expected
+        if result is not found["base"]:
+            assert cells[6][0] == f"{result['overall']['value']:.1f}"
+            assert cells[7][0] == f"{result['runs'][0]['rows_changed']:,}"

@@ -139,12 +139,3 @@ def _run(recipe: Recipe, name: str, loaded: Loaded) -> None:
 def quiet_known_warnings() -> None:
     """Hide what transformers says about PEFT's own calls: no user of ours can act on it."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results without their per-example records, which lie in each run's result.json."""
-    short = []
-    for result in results:
-        scores = {name: {k: v for k, v in s.items() if k != "records"} for name, s in result["scores"].items()}
-        short.append(result | {"scores": scores})
-    return short
