@@ -15,58 +15,32 @@ from smf.recipe import sources
 from smf.recipe_file import SHIPPED, load_recipe
 from tiny import make_world
 
-HASHES = {"models--tiny--base": "a" * 40, "datasets--tiny--exam": "b" * 40, "datasets--tiny--stories": "c" * 40}
-ON_HUB = """
-base = "tiny/base"
-data = "hub"
-output = "{folder}/runs"
-
-[parts]
-background = 0.5
-probe = 0.5
-
-[memory]
-layers = [1, 2]
-n_keys = 16
-heads = 2
-knn = 4
-k_dim = 16
-
-[train]
-steps = 2
-batch_size = 4
-micro_batch_size = 2
-max_length = 64
-
-[target]
-task = "medmcqa"
-explanation = false
-train = {{ hub = "tiny/exam", split = "train" }}
-metrics = ["loss"]
-eval.exam = {{ hub = "tiny/exam", split = "validation" }}
-
-[background]
-source = {{ hub = "tiny/stories", part = "background" }}
-
-[probes.stories]
-task = "perplexity"
-source = {{ hub = "tiny/stories", part = "probe" }}
-
-[methods.base]
-kind = "base"
-
-[methods.smf]
-kind = "smf"
-rows_per_step = 8
-lr = 0.05
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: train.jsonl}
+  - {split: validation, path: validation.jsonl}
+  - {split: rates, path: rates.jsonl}
+---
 """
+HASHES = {"models--tiny--base": "a" * 40, "datasets--tiny--exam": "b" * 40, "datasets--tiny--stories": "c" * 40}
+
+
+def on_hub(recipe: str, folder: Path) -> str:
+    """The tiny world's recipe, with names of the hub in place of its files."""
+    splits = {"train": "train", "validation": "rates", "eval": "validation"}  # by file
+    for file, split in splits.items():
+        recipe = recipe.replace(f'path = "{file}.jsonl"', f'hub = "tiny/exam", split = "{split}"')
+    recipe = recipe.replace('path = "stories.jsonl"', 'hub = "tiny/stories"')
+    return recipe.replace(f'"{folder}/base"', '"tiny/base"').replace(f'"{folder}/data"', '"hub"')
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of the hub with a base and two data sets, and a recipe that names them."""
     folder = tmp_path_factory.mktemp("hub")
-    make_world(folder)
+    recipe = make_world(folder)
     cache = folder / "home" / "hub"
     for name, commit in HASHES.items():
         snapshot = cache / name / "snapshots" / commit
@@ -77,9 +51,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exam = cache / "datasets--tiny--exam" / "snapshots" / ("b" * 40)
     shutil.copy(folder / "data" / "train.jsonl", exam / "train.jsonl")
     shutil.copy(folder / "data" / "eval.jsonl", exam / "validation.jsonl")
+    shutil.copy(folder / "data" / "validation.jsonl", exam / "rates.jsonl")
+    (exam / "README.md").write_text(CARD)
     stories = cache / "datasets--tiny--stories" / "snapshots" / ("c" * 40)
     shutil.copy(folder / "data" / "stories.jsonl", stories / "train.jsonl")
-    (folder / "recipe.toml").write_text(ON_HUB.format(folder=folder))
+    recipe.write_text(on_hub(recipe.read_text(), folder))
     return folder
 
 
@@ -92,7 +68,7 @@ def command(hub: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_base_and_data_come_from_the_hub_and_their_hashes_are_kept(hub: Path):
-    done = command(hub, "compare", str(hub / "recipe.toml"))
+    done = command(hub, "compare", str(hub / "recipe.toml"), "--methods", "smf")
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = (hub / "runs").glob("smf-*/result.json")
     revisions = json.loads(file.read_text())["provenance"]["revisions"]

@@ -236,21 +236,23 @@ def test_replay_takes_its_share_and_leaves_the_targets_order():
     assert with_replay(target, [], 0.0, 50, seed=3) == in_order(target, 50, seed=3)
 
 
+def changed(world: Path, folder: Path, before: str, after: str) -> Path:
+    """The world's recipe with another text in place of one that it has."""
+    assert before in world.read_text()
+    file = folder / "recipe.toml"
+    file.write_text(world.read_text().replace(before, after))
+    return file
+
+
 def test_replayed_text_is_never_scored(world: Path, tmp_path: Path):
-    file = tmp_path / "recipe.toml"
-    file.write_text(
-        world.read_text().replace(
-            '[replay]\nsource = { path = "stories.jsonl", part = "healing" }',
-            '[replay]\nsource = { path = "stories.jsonl" }',
-        )
-    )
+    before = '[replay]\nsource = { path = "stories.jsonl", part = "healing" }'
+    file = changed(world, tmp_path, before, '[replay]\nsource = { path = "stories.jsonl" }')
     with pytest.raises(DataError, match=r"of \[replay\] are scored as well"):
         load(load_recipe(file))
 
 
 def test_replay_without_text_is_refused(world: Path, tmp_path: Path):
-    file = tmp_path / "recipe.toml"
-    file.write_text(world.read_text().replace("replay = 0.25", "replay = 1.0"))
+    file = changed(world, tmp_path, "replay = 0.25", "replay = 1.0")
     with pytest.raises(ConfigError, match=r"replay = 1\.0; expected a share below 1"):
         load_recipe(file)
     text = world.read_text()
@@ -311,15 +313,13 @@ def test_runs_of_an_own_function_change_name_with_its_code(world: Path):
     ],
 )
 def test_functions_that_do_not_exist_are_refused_before_training(world: Path, tmp_path: Path, kind: str, message: str):
-    file = tmp_path / "recipe.toml"
-    file.write_text(world.read_text().replace("my_methods:only_norms", kind))
+    file = changed(world, tmp_path, "my_methods:only_norms", kind)
     with pytest.raises(ConfigError, match=message):
         load(load_recipe(file))
 
 
 def test_unknown_kind_is_refused_with_the_known_ones(world: Path, tmp_path: Path):
-    file = tmp_path / "recipe.toml"
-    file.write_text(world.read_text().replace('kind = "oft"', 'kind = "boft"'))
+    file = changed(world, tmp_path, 'kind = "oft"', 'kind = "boft"')
     with pytest.raises(ConfigError, match=r"kind = 'boft'; expected one of .*'oft'.*module:function"):
         load_recipe(file)
 
@@ -328,14 +328,9 @@ def test_unknown_kind_is_refused_with_the_known_ones(world: Path, tmp_path: Path
 
 
 def test_axes_make_a_method_of_every_combination(world: Path, tmp_path: Path):
-    file = tmp_path / "recipe.toml"
     axes = "axes = { rows_per_step = [4, 8], layers = [[1], [1, 2]] }\n"
-    file.write_text(
-        world.read_text().replace(
-            '[methods.tf]\nrule = "tf"\nrows_per_step = 8\n', f'[methods.tf]\nrule = "tf"\n{axes}'
-        )
-    )
-    recipe = load_recipe(file)
+    before = '[methods.tf]\nrule = "tf"\nrows_per_step = 8\n'
+    recipe = load_recipe(changed(world, tmp_path, before, f'[methods.tf]\nrule = "tf"\n{axes}'))
     made = {name: (m.rows_per_step, m.layers) for name, m in recipe.methods.items() if name.startswith("tf")}
     assert made == {
         "tf-t=4-layers=1": (4, [1]),

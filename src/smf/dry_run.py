@@ -16,6 +16,7 @@ from .base import base_config, check_models, load_tokenizer, on_this_machine
 from .data import Example, Loaded
 from .errors import SmfError
 from .loop import steps_of
+from .memory import memory_layers
 from .prepare import check_output, check_target, load_documents, load_set, load_text, load_training
 from .recipe import Method, Recipe, asked, sources
 from .sources import place
@@ -161,7 +162,7 @@ def _trained(recipe: Recipe, method: Method, model: Any) -> Trained | None:
             attached = methods.attach(_skeleton(recipe), method, recipe)
         added = attached.get_nb_trainable_parameters()[1] - size
         config = methods.memory_config(recipe, method)
-        layers = len(config.layers or [0, 0, 0])
+        layers = len(memory_layers(attached))
         trained = attached.get_nb_trainable_parameters()[0] if method.kind == "smf" else added
         t = "all" if method.rule == "all" else f"{method.rows_per_step:,}"
         rows = f"{t} of {config.n_keys**2:,} rows, {layers} layers" if method.kind == "smf" else ""

@@ -124,6 +124,9 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
         room = wanted.window or min(getattr(task, "WINDOW", length), longest)
         pages = task.pages(rows, source.column, tokenizer, room) if hasattr(task, "pages") else []
         return ScoredSet(role, name, task.examples(rows, source.column, tokenizer, room), source.cluster, pages)
+    forms = getattr(task, "FORMS", ())
+    if source.form and source.form not in forms:
+        raise ConfigError(f"[{wanted.table}] form = {source.form!r}; task {name!r} has {list(forms) or 'none'}")
     rows = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
     if task.KIND == "response":
         made = task.examples(rows, where, tokenizer, length)

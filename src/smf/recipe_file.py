@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
-from .recipe import Method, Recipe
+from .recipe import Method, Recipe, sources
 
 SHIPPED = Path(__file__).parent / "recipes"
 KINDS = ("base", "smf", "healed", "dense-addon", "lora", "oft", "osf", "shira", "full")  # of methods
@@ -213,6 +213,11 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ConfigError(
             f"{where}: batch_size = {train.batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}"
         )
+    for table, source in sources(recipe).items():
+        if source.task and not table.startswith("target.eval."):
+            raise ConfigError(
+                f"{where}: [{table}] task = {source.task!r}; only sets of target.eval have tasks of their own"
+            )
     both = set(recipe.target.eval) & set(recipe.probes)
     if both:
         raise ConfigError(f"{where}: {sorted(both)[0]!r} names a set of target.eval and a probe; give them two names")

@@ -33,7 +33,8 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
         raise DataError(f"{where}: a source names a part, but the recipe has no [parts] table of shares")
     rows = _read(source, data)
     columns = rows.column_names or []
-    for column in (*need, *source.where):
+    read = [source.column] if source.part or source.min_chars else []
+    for column in (*need, *source.where, *read):
         if column not in columns:
             near = difflib.get_close_matches(column, columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -42,12 +43,12 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
     everything = len(chosen)
     chosen = [row for row in chosen if all(row[column] in values for column, values in source.where.items())]
     if source.min_chars:
-        chosen = [row for row in chosen if len(row[source.column] or "") >= source.min_chars]
+        chosen = [row for row in chosen if len(str(row[source.column] or "")) >= source.min_chars]
     if source.limit:
         chosen = chosen[: source.limit]
     if source.part:
         # salted, since a file may be sorted by the plain hash of its texts, and its first rows all be of one part
-        chosen = [row for row in chosen if part_of(f"part\n{row[source.column].strip()}", parts) == source.part]
+        chosen = [row for row in chosen if part_of(f"part\n{str(row[source.column]).strip()}", parts) == source.part]
     if not chosen:
         raise DataError(_nothing_left(source, where, everything, rows))
     return chosen
