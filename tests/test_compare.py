@@ -237,13 +237,14 @@ def test_tuning_without_validation_rows_is_refused(world: Path):
     for points, factor in ((2, 2.0), (4, 2.0), (5, 1.0)):
         with pytest.raises(ConfigError, match="odd number"):
             tune(recipe, points=points, factor=factor)
-    with pytest.raises(ConfigError, match=r"no \[methods.smff\]"):
+    with pytest.raises(ConfigError, match=r"no method 'smff'; there are"):
         tune(recipe, ["smff"])
 
 
 def test_tune_command_resumes_and_its_runs_are_those_of_compare(tmp_path: Path):
     recipe = make_world(tmp_path)
     line = command("tune", recipe, "--methods", "full", "--points", 3, "--max-steps", 2)
+    line += ["--output", str(tmp_path / "runs")]
     for _ in range(2):
         done = subprocess.run(line, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -293,6 +294,20 @@ def test_methods_tuned_before_keep_their_rates(
     assert tune_again(world, tmp_path, "full") == methods
 
 
+def test_the_tuned_recipe_says_what_was_tuned(world: Path, tmp_path: Path, tuned_file: Path):
+    first, *rest = (tmp_path / "tuned.toml").read_text().splitlines()
+    assert first == f"# smf compare {tmp_path / 'tuned.toml'} --seeds 5"
+    untuned = next(line for line in rest if line.startswith("# Not tuned, at the recipe's own rates: "))
+    assert "full" in untuned and "lora" not in untuned and "base" not in untuned
+
+
+def test_a_method_that_is_no_better_than_the_base_is_said_to_be(tuned_file: Path):
+    tuned = json.loads(tuned_file.read_text())
+    best = max(-point["score"] for point in tuned["methods"]["lora"]["grid"])  # the metric is a loss
+    for before, said in ((-best, True), (-best - 1e-9, True), (-best + 1, False), (None, False)):
+        assert ("no better than the base" in tuning_table(tuned | {"base": before})) == said
+
+
 @pytest.mark.parametrize("changes", [{"factor": 3.0}, {"points": 5}, {"metric": "acc"}, {"steps": 3}])
 def test_rates_of_other_grids_or_another_comparison_are_not_kept(
     world: Path, tmp_path: Path, tuned_file: Path, capsys: pytest.CaptureFixture, changes: dict[str, Any]
@@ -316,7 +331,7 @@ def test_methods_that_the_recipe_has_no_longer_are_dropped(
     methods = {name: method for name, method in recipe.methods.items() if name != "lora"}
     file.write_text(to_toml(replace(recipe, methods=methods)))
     assert list(tune_again(file, tmp_path, "full")) == ["full"]
-    file.write_text(to_toml(replace(recipe, methods=methods | {"full": replace(methods["full"], replay=0.0, r=3)})))
+    file.write_text(to_toml(replace(recipe, methods=methods | {"full": replace(methods["full"], kind="lora")})))
     assert list(tune_again(file, tmp_path, "smf")) == ["smf"]  # full is another method now
     assert f"{tuned_file}: full is not kept: there is no run of it" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from smf.compare import result_path
 from smf.data import Example, in_order, with_replay
 from smf.errors import ConfigError, DataError
 from smf.evaluate import example_divergences
+from smf.fingerprint import source_hash
 from smf.methods import find_method
 from smf.prepare import load
 from smf.recipe import Recipe
@@ -292,7 +294,37 @@ def test_the_command_finds_an_own_function_in_the_current_folder(world: Path, tm
     rest = ["--output", str(tmp_path / "runs"), "--max-steps", "1", "--format", "csv"]
     done = subprocess.run([*smf_command, *rest], cwd=world.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "\nown,0.01," in done.stdout
+    assert "\nscore,own,0.01," in done.stdout
+    (file,) = (tmp_path / "runs").glob("own-*/result.json")
+    assert json.loads(file.read_text())["code"] == source_hash("my_methods")
+
+
+WRONG = """
+from dataclasses import replace
+from my_methods import only_norms
+
+
+def nothing(*arguments):
+    return None
+
+
+def mute(*arguments):
+    return replace(only_norms(*arguments), save=lambda folder: None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("nothing", "returned None; expected a smf.methods.Prepared"), ("mute", "save returned None; expected a table")],
+)
+def test_an_own_function_that_returns_something_else_is_told_what_is_expected(
+    world: Path, tmp_path: Path, function: str, message: str
+):
+    (world.parent / "wrong_methods.py").write_text(WRONG)
+    importlib.invalidate_caches()
+    recipe = load_recipe(changed(world, tmp_path, "my_methods:only_norms", f"wrong_methods:{function}"))
+    with pytest.raises(ConfigError, match=message):
+        run_method(replace(recipe, output=str(tmp_path / "runs")), "own")
 
 
 def test_runs_of_an_own_function_change_name_with_its_code(world: Path):

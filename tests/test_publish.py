@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,40 @@ def test_runs_of_other_recipes_are_no_points_and_not_named(own: Recipe, capsys: 
     assert chosen(own) == {"lora": 0.2, "smf": 0.1} and "skipped" not in capsys.readouterr().err
 
 
-def test_methods_asked_for_are_shown_at_all_rates(own: Recipe):
-    cli.compare(file_of(own), cli.Comparing(methods=("smf",)))
-    assert chosen(own) == {"smf": 0.1}
-    cli.compare(file_of(own), cli.Comparing(methods=("lora",)))
-    assert chosen(own) == {"lora": 0.2} and len(published(own)["points"]) == 3
+@pytest.mark.parametrize("name", ["smf", "lora"])
+def test_methods_asked_for_are_printed_and_the_files_show_the_whole_folder(
+    own: Recipe, name: str, capsys: pytest.CaptureFixture
+):
+    cli.compare(file_of(own), cli.Comparing(methods=(name,), format="json"))
+    assert [row["method"] for row in json.loads(capsys.readouterr().out)["methods"]] == [name]
+    assert chosen(own) == {"smf": 0.1, "lora": 0.2}
+    assert len(published(own)["points"]) == 4  # three rates of lora, one of smf
+
+
+def test_a_trial_has_a_folder_of_its_own(own: Recipe):
+    file = file_of(own)
+    assert (
+        cli.Overrides(limit=5).load(file).output
+        == cli.Overrides(max_steps=2).load(file).output
+        == own.output + "-trial"
+    )
+    assert cli.Overrides(limit=5, output="runs/x").load(file).output == "runs/x"
+    assert cli.Overrides().load(file).output == cli.Overrides(limit=0).load(file).output == own.output
+
+
+def test_a_table_with_axes_stands_for_its_methods():
+    methods = ["base", "g-t=1", "g-t=2-keys=4", "g-other", "g2-t=1", "h"]
+    assert smf.compare.named(["g", "h", "g-t=1"], methods) == ["g-t=1", "g-t=2-keys=4", "h"]
+    assert smf.compare.named([], methods) == []
+    for name in ("g-o", "i", "g-t", ""):
+        with pytest.raises(ConfigError, match=f"no method '{name}'; there are"):
+            smf.compare.named([name], methods)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["smf", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"smf {version('sparse-memory-finetuning')}\n"
 
 
 # -- what the others are compared with --------------------------------------------------------------------------------
@@ -186,11 +216,12 @@ def test_a_run_whose_training_failed_leaves_why_until_a_later_try_succeeds(
 ):
     hot = at_rate(own, "lora", 0.4)
     folder = try_run(hot, "lora", monkeypatch, TrainingError("the norm is not finite"))
-    written = {"method": "lora", "options": vars(hot.methods["lora"]), "seed": 0, "comparison": own.comparison_id()}
+    written = {"method": "lora", "options": vars(hot.methods["lora"]), "seed": 0, "code": None}
+    written["comparison"] = own.comparison_id()
     assert json.loads((folder / FAILED).read_text()) == written | {"reason": "the norm is not finite"}
     for found in (read_runs([Path(own.output)]), read_runs([Path(own.output)], own)):
         assert found.failed == [written | {"reason": "the norm is not finite"}]
-    assert read_runs([Path(own.output)]).skipped == {str(folder): "its training failed: the norm is not finite"}
+    assert not read_runs([Path(own.output)]).skipped  # it is told once
     try_run(hot, "lora", monkeypatch, None)
     assert not (folder / FAILED).exists()
     assert "no result yet" in read_runs([Path(own.output)]).skipped[str(folder)]

@@ -118,9 +118,10 @@ def test_train_and_eval_commands_named_in_the_text_run(tmp_path: Path):
     assert "`smf train RECIPE --method NAME`" in README
     assert "`smf eval RECIPE --patch FILE`" in README
     smf_command = [sys.executable, "-m", "smf"]
-    train = [*smf_command, "train", str(recipe), "--method", "smf", "--max-steps", "2"]
+    runs = tmp_path / "runs"
+    train = [*smf_command, "train", str(recipe), "--method", "smf", "--max-steps", "2", "--output", str(runs)]
     subprocess.run(train, check=True, capture_output=True, timeout=200)
-    (patch,) = (tmp_path / "runs").glob("smf-*/patch.smf")
+    (patch,) = runs.glob("smf-*/patch.smf")
     done = subprocess.run([*smf_command, "eval", str(recipe), "--patch", str(patch)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "patch.smf" in done.stdout

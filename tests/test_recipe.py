@@ -99,6 +99,30 @@ def test_bad_values_are_refused_by_name(recipe_file: Path, old: str, new: str, m
         load_recipe(changed(recipe_file, old, new))
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("full", "r = 3"),
+        ("full", "layers = [1]"),
+        ("base", "lr = 0.1"),
+        ("base", 'rule = "tf"'),
+        ("healed", "rows_per_step = 3"),
+        ("oft", "r = 3"),
+        ("lora", "heal = true"),
+        ("shira", "alpha = 1.0"),
+        ("smf", "dropout = 0.1"),
+        ("smf", "options = { a = 1 }"),
+        ("dense-addon", 'train = "rows+scale"'),
+    ],
+)
+def test_keys_that_a_kind_does_not_read_are_refused(recipe_file: Path, kind: str, key: str):
+    lr = "" if kind in ("base", "healed") else "lr = 0.1\n"
+    table = f'[methods.new]\nkind = "{kind}"\n{lr}{key}\n\n[methods.lora]'
+    name = key.split(" =")[0]
+    with pytest.raises(ConfigError, match=rf"methods.new\] {name} = .*kind '{kind}' does not read it; leave it out"):
+        load_recipe(changed(recipe_file, "[methods.lora]", table))
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "/a", "..\\\\a", "a\\u0000"])
 def test_names_that_are_no_part_of_a_folders_are_refused(recipe_file: Path, name: str):
     changed(recipe_file, "[methods.lora]", f'[methods."{name}"]')

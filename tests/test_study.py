@@ -18,12 +18,14 @@ from smf.errors import ConfigError, DataError
 from smf.matched import Drawn, at_equal_gain, finite, front, matched, matched_ratio, read_crosswise, read_off
 from smf.stats import holm, mcnemar, ratio
 from smf.study import (
+    Measure,
     Point,
     against,
     best_stage,
     change_of,
     chosen,
     common_seeds,
+    limits,
     measured,
     measures,
     pareto,
@@ -153,6 +155,11 @@ def test_methods_of_one_name_with_other_options_are_told_apart():
     assert [p.method for p in chosen(points, "acc")] == [*names, "lora"]
 
 
+def test_runs_of_an_own_function_with_other_code_are_told_apart():
+    old, new = result("own") | {"code": "a" * 64}, result("own", seed=1) | {"code": "b" * 64}
+    assert {p.method: p.seeds for p in points_of([old, new])} == {"own (code=aaaaaa)": (0,), "own (code=bbbbbb)": (1,)}
+
+
 def test_options_that_an_older_run_does_not_know_tell_it_apart():
     old, new = result("smf"), result("smf", spread=None)
     assert {p.method for p in points_of([old, new])} == {"smf (spread=-)", "smf (spread=null)"}
@@ -258,6 +265,30 @@ def test_gains_are_positive_where_the_target_got_better_and_losses_where_a_probe
 def test_a_probe_that_the_base_cannot_do_is_no_part_of_overall():
     before = base(near=0.0)
     assert [m.name for m in measures(before, ["acc"])] == ["held-out", "near-domain", "general-text"]
+
+
+@pytest.mark.parametrize("learned", [(0.3, 0.9), (0.0, 1.0), (0.26, 0.25)])
+def test_intervals_hold_no_value_that_a_share_or_nats_cannot_have(learned: tuple[float, float]):
+    """Of two seeds that disagree the t distribution has intervals beyond all bounds."""
+    runs = [result("lora", scores(held, 1 - held, seed), seed=seed) for seed, held in enumerate(learned)]
+    before, point = points_of([base(near=0.5), *runs])
+    wanted = measures(before.runs[0], ["acc"])
+    bounds = [(-25, 75), (-50, 50), (-2, math.inf), (-(100 + 200) / 2, math.inf)]  # overall: the mean of the two probes
+    for measure, (least, most) in zip(wanted, bounds, strict=True):
+        assert limits(before, measure) == pytest.approx((least, most))
+        found = measured(point, before, measure)
+        low, high = limits(before, measure)
+        assert low <= found.low <= found.value <= found.high <= high
+
+
+def test_other_numbers_of_the_harness_have_no_bounds():
+    before = base()
+    before["scores"]["near-domain"]["metrics"]["score"] = 17.0
+    (point,) = points_of([before])
+    assert limits(point, Measure("bleu", "points", 100.0, (("near-domain", "score", 1.0),), "gain")) == (
+        -math.inf,
+        math.inf,
+    )
 
 
 # -- forgetting at equal gain -----------------------------------------------------------------------------------------

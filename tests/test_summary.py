@@ -333,6 +333,10 @@ def diverged(method: str, kind: str = "smf", **options: Any) -> dict[str, Any]:
     return run | {"seconds": math.nan}
 
 
+def csv_lines(summary: Summary) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(as_csv(summary), newline="")))
+
+
 @pytest.mark.parametrize("which", ["a method", "the reference", "all", "one rate", "one seed"])
 def test_diverged_runs_are_shown_and_break_nothing(which):
     runs = [*tuned("lora", "lora"), *tuned("smf")]
@@ -345,7 +349,7 @@ def test_diverged_runs_are_shown_and_break_nothing(which):
     summary = study(*runs)
     text_json = json.dumps(as_json(summary), allow_nan=False)
     assert {row["method"] for row in json.loads(text_json)["methods"]} == {"lora", "smf"}
-    assert len(list(csv.reader(io.StringIO(as_csv(summary))))) == 1 + 3 * 4
+    assert [line["what"] for line in csv_lines(summary)].count("score") == 3 * 4
     tables = parsed(markdown(summary))
     assert all(len({len(row) for row in table}) == 1 for table in tables)
     assert "nan" not in markdown(summary) and ("n/a" in markdown(summary) or which in ("one rate", "one seed"))
@@ -382,9 +386,15 @@ def test_json_is_strict_and_complete():
     )
 
 
+def test_a_gain_that_nothing_can_be_read_off_at_is_refused():
+    with pytest.raises(ConfigError, match="read off between points of a method, but none has two"):
+        study(result("lora", scores(0.5), kind="lora"), gains=[10.0])
+    assert study(curve("lora", [0.3, 0.5], [1, 0.9], kind="lora"), gains=[10.0]).matched
+
+
 def test_csv_parses_back_to_the_numbers():
     summary = rich_study()
-    lines = list(csv.DictReader(io.StringIO(as_csv(summary))))
+    lines = [line for line in csv_lines(summary) if line["what"] == "score"]
     assert len(lines) == 5 * 4 and [line["method"] for line in lines[::4]] == ["base", "lora", "smf", "full", "broken"]
     for line in lines[4:]:
         row, place = next((row, i) for i, row in enumerate(summary.rows) if row.method == line["method"])
@@ -394,6 +404,22 @@ def test_csv_parses_back_to_the_numbers():
         numbers = [float(line[key]) for key in ("change", "low", "high", "p")]
         assert numbers == pytest.approx([found.value, found.low, found.high, found.p], nan_ok=True)
         assert (float(line["lr"]), int(line["seeds"])) == (row.lr, len(row.runs))
+
+
+def test_csv_has_the_comparisons_and_forgetting_at_equal_gain_too():
+    summary = rich_study()
+    lines = csv_lines(summary)
+    differences = [line for line in lines if line["what"] == "difference"]
+    assert len(differences) == len(summary.comparisons) > 0
+    for line, each in zip(differences, summary.comparisons, strict=True):
+        assert (line["method"], line["set"], line["unit"]) == (each.method, each.measure.name, each.measure.unit)
+        assert line["against"] == "lora" and float(line["change"]) == pytest.approx(each.estimate.value, nan_ok=True)
+        assert float(line["p"]) == pytest.approx(each.adjusted)
+    there = [lost for table in summary.matched for lost in table.losses.values() if lost is not None]
+    equal = [line for line in lines if line["what"] == "equal gain"]
+    assert [float(line["change"]) for line in equal] == pytest.approx([lost.value for lost in there]) and there
+    assert {line["against"] for line in equal} == {table.label for table in summary.matched}
+    assert sum(line["what"] == "overall" for line in lines) == len(summary.rows)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -419,7 +445,7 @@ def test_names_break_no_table():
     assert shown == one_line(NASTY) and shown.startswith("a|b ## [red]x[/red]")
     page.encode()
     lines = list(csv.reader(io.StringIO(as_csv(summary), newline="")))
-    assert {len(line) for line in lines} == {12} and lines[5][0] == one_line(NASTY)
+    assert {len(line) for line in lines} == {15} and lines[5][1] == one_line(NASTY)
     assert json.loads(json.dumps(as_json(summary), allow_nan=False))["methods"][0]["method"] == NASTY
 
 
@@ -442,6 +468,6 @@ def test_any_name_is_one_cell_and_one_line(name):
     summary = summarise(runs, ["acc"])
     tables = parsed(markdown(summary))
     assert [len(row) for table in tables for row in table] == [len(tables[0][0])] * 4 + [len(tables[1][0])] * 3
-    lines = list(csv.reader(io.StringIO(as_csv(summary), newline="")))
-    assert [line[0] for line in lines[1:]] == ["base"] * 4 + [one_line(name)] * 4
+    lines = csv_lines(summary)
+    assert [line["method"] for line in lines] == ["base"] * 4 + [one_line(name)] * 5
     markdown(summary).encode()

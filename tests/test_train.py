@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import smf
 from smf.base import load_base
 from smf.cli import main
 from smf.compare import result_path
-from smf.errors import ConfigError, DataError, SmfError
+from smf.errors import ConfigError, DataError, PatchError, SmfError
 from smf.loop import newest_complete
 from smf.methods import attach
 from smf.prepare import check_output, load
@@ -369,6 +371,20 @@ def test_missing_adapter_is_refused_before_the_base_is_scored(own_world: Path):
 
     with pytest.raises(ConfigError, match=r"adapter_config\.json"):
         evaluate_saved(load_recipe(own_world), adapter="/nowhere", patch=None)
+
+
+def test_patch_of_another_base_is_refused_as_that(world: Path, tmp_path: Path):
+    """And not for the layers that the other base does not have."""
+    from smf.train import evaluate_saved
+
+    recipe = load_recipe(world)
+    run_method(recipe, "smf")
+    shutil.copytree(recipe.base, tmp_path / "other")
+    config = LlamaConfig.from_pretrained(recipe.base, num_hidden_layers=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    patch = result_path(recipe, "smf").parent / "patch.smf"
+    with pytest.raises(PatchError, match="the patch belongs to another base"):
+        evaluate_saved(replace(recipe, base=str(tmp_path / "other")), adapter=None, patch=str(patch))
 
 
 def test_unwritable_output_is_refused(own_world: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,7 +35,7 @@ class Overrides:
     data: str | None = None
     """Folder with the data sets, "hub", or "world": the embedded sets."""
     output: str | None = None
-    """Folder of the runs."""
+    """Folder of the runs; of a trial (--max-steps, --limit) the recipe's with "-trial" behind it."""
     seed: int | None = None
     """Of data order and initial values."""
     jobs: int | None = None
@@ -57,6 +58,8 @@ class Overrides:
             raise ConfigError(f"--limit must be at least 0; got {self.limit}")
         keys = {key: getattr(self, key) for key in ("base", "data", "output", "seed", "jobs")}
         recipe = load_recipe(path, self.set, **keys)
+        if self.output is None and (self.max_steps or self.limit):
+            recipe = replace(recipe, output=f"{recipe.output}-trial")  # whose report is not that of the real runs
         recipe = recipe if self.max_steps is None else shortened(recipe, self.max_steps)
         return recipe if self.limit is None else limited(recipe, self.limit)
 
@@ -116,7 +119,7 @@ class Comparing:
     """What of a recipe is compared, and how it is shown."""
 
     methods: tuple[str, ...] = ()
-    """Names of [methods.NAME] tables, beside which the base and that of --against are always shown; none: all."""
+    """Names of [methods.NAME] tables, beside which the base and that of --against are always run; none: all."""
     seeds: int = 1
     """How many seeds to run, from the recipe's upwards; five for a claim."""
     against: str | None = None
@@ -138,7 +141,7 @@ def compare(
     Args:
         dry_run: say what would be loaded, trained and measured, check all that lies on this machine, and stop.
     """
-    from .compare import check_reference
+    from .compare import check_reference, named
     from .compare import compare as run_all
     from .files import write_atomically
     from .recipe_file import to_toml
@@ -149,7 +152,7 @@ def compare(
     if dry_run:
         _print_plan(loaded)
         return
-    methods = _with_reference(what.methods, what.against)
+    methods = named(_with_reference(what.methods, what.against), loaded.methods)
     title = f"{recipe.stem} on {loaded.base}"
     try:
         run_all(loaded, methods, what.seeds)
@@ -184,10 +187,10 @@ def _with_reference(methods: tuple[str, ...], against: str | None) -> tuple[str,
 
 
 def _publish_runs_of(recipe: Any, methods: Sequence[str], title: str, what: Comparing) -> None:
-    """Publish all that the output folder has of a recipe's methods, as `smf report` does: also what `smf tune` ran."""
-    found = _of_methods(_read([Path(recipe.output)], recipe), methods)
+    """Publish all that the output folder has of a recipe, as `smf report` does; print what was asked for."""
+    found = _read([Path(recipe.output)], recipe)
     finished = any(result["method"] == what.against for result in found.results)
-    _publish(found, title, what.format, what.against if finished else None)
+    _publish(found, title, what.format, what.against if finished else None, shown=methods)
 
 
 def _read(folders: Sequence[Path], recipe: Any = None) -> Runs:
@@ -197,6 +200,9 @@ def _read(folders: Sequence[Path], recipe: Any = None) -> Runs:
     found = read_runs(folders, recipe)
     for path, reason in found.skipped.items():
         print(f"smf: skipped {path}: {reason}", file=sys.stderr)
+    for run in found.failed:
+        which = f"{run['method']}, lr {run['options']['lr']:g}, seed {run['seed']}"
+        print(f"smf: training failed: {which}: {run['reason']}", file=sys.stderr)
     return found
 
 
@@ -207,8 +213,15 @@ def _of_methods(found: Runs, methods: Sequence[str]) -> Runs:
     return replace(found, results=kept, failed=failed)
 
 
-def _publish(found: Runs, title: str, format: Format, against: str | None = None, gains: Sequence[float] = ()) -> None:
-    """Write report.html, table.md and summary.json into the output folder, and print what was asked for."""
+def _publish(
+    found: Runs,
+    title: str,
+    format: Format,
+    against: str | None = None,
+    gains: Sequence[float] = (),
+    shown: Sequence[str] = (),
+) -> None:
+    """Write report.html, table.md and summary.json of all runs into the output folder, and print those to be shown."""
     from .files import write_atomically, write_json
     from .report import write_report
     from .summary import summarise
@@ -219,6 +232,9 @@ def _publish(found: Runs, title: str, format: Format, against: str | None = None
     write_atomically(output / "table.md", markdown(summary))
     write_json(output / "summary.json", as_json(summary))
     write_report(summary, output / "report.html", title, _notes(recipe, summary), found.skipped)
+    if shown:
+        some = _of_methods(found, shown)
+        summary = summarise(some.results, recipe.target.metrics, against, gains, some.failed)
     if format == "table":
         print_tables(summary, title)
     else:
@@ -260,14 +276,13 @@ def report(
         against: the method that the others are compared with; none: the first LoRA, or full finetuning.
         gain: of the target, at which to read off what each method forgets; none: that of the method compared with.
     """
+    from .compare import named
+
     if not runs:
         raise ConfigError("give the folder of some runs, such as: smf report runs/demo")
     found = _read(runs)
     names = {result["method"] for result in found.results}
-    unknown = [name for name in methods if name not in names]
-    if unknown:
-        raise ConfigError(f"there are no runs of {unknown[0]!r}; there are {sorted(names)}")
-    found = _of_methods(found, _with_reference(methods, against))
+    found = _of_methods(found, named(_with_reference(methods, against), names))
     found = replace(found, recipe=replace(found.recipe, output=str(output or runs[0])))
     _publish(found, f"{', '.join(path.name for path in runs)} on {found.recipe.base}", format, against, gain)
 
@@ -295,9 +310,8 @@ def tune(
         factor: between neighbouring rates.
     """
     from .files import write_atomically, write_json
-    from .recipe_file import to_toml
     from .tune import tune as run_all
-    from .tune import tuned_recipe, tuning_table, with_earlier
+    from .tune import tuned_toml, tuning_table, with_earlier
 
     loaded = overrides.load(recipe)
     output = Path(loaded.output)
@@ -305,7 +319,7 @@ def tune(
     table = tuning_table(tuned)
     write_json(output / "tune.json", tuned)
     write_atomically(output / "tune.md", table)
-    write_atomically(output / "tuned.toml", to_toml(tuned_recipe(loaded, tuned)))
+    write_atomically(output / "tuned.toml", tuned_toml(loaded, tuned, output))
     print(table)
     print(f"the recipe with these rates: {output / 'tuned.toml'}; every point: smf report {output}")
 
@@ -332,6 +346,9 @@ def main() -> None:
     from .compare import quiet_known_warnings
 
     quiet_known_warnings()
+    if sys.argv[1:] == ["--version"]:
+        print(f"smf {version('sparse-memory-finetuning')}")
+        return
     sys.path.append(os.getcwd())  # where methods of one's own are looked for; only python -m puts it there itself
     commands: dict[str, Callable[..., Any]] = {
         "demo": demo,

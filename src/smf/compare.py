@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,14 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[di
 
     Args:
         recipe: what to compare.
-        only: names of methods, beside which the base is always shown; none: all.
+        only: names of methods as `named` takes them, beside which the base is always shown; none: all.
         seeds: how many seeds, from the recipe's upwards; the base has one result.
 
     Raises:
         ConfigError: for a method that the recipe does not have.
         TrainingError: where a run did not finish; the others are kept.
     """
-    check_names(recipe, only)
+    only = named(only, recipe.methods)
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1; got {seeds}")
     runs = [
@@ -57,13 +57,20 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[di
     return [read_result(result_path(*run)) for run in runs]
 
 
-def check_names(recipe: Recipe, names: Sequence[str]) -> None:
-    """Refuse names that are no methods of the recipe."""
-    unknown = [name for name in names if name not in recipe.methods]
-    if unknown:
-        raise ConfigError(
-            f"the recipe has no [methods.{unknown[0]}]; its methods: {sorted(recipe.methods)}; separate names by blanks"
-        )
+def named(names: Sequence[str], methods: Collection[str]) -> list[str]:
+    """The methods of these names; that of a table with `axes` stands for all that were made of it.
+
+    Raises:
+        ConfigError: for a name that is none of them.
+    """
+    found: list[str] = []
+    for name in names:
+        made = [m for m in methods if m.startswith(f"{name}-") and "=" in m[len(name) :].split("-")[1]]
+        own = [name] if name in methods else made
+        if not own:
+            raise ConfigError(f"there is no method {name!r}; there are {sorted(methods)}; separate names by blanks")
+        found += [each for each in own if each not in found]
+    return found
 
 
 def check_reference(recipe: Recipe, name: str) -> None:
@@ -130,7 +137,8 @@ def _run(recipe: Recipe, name: str, loaded: Loaded) -> None:
     try:
         run_method(recipe, name, loaded)
     except TrainingError as error:
-        run = {"method": name, "options": asdict(recipe.methods[name]), "seed": recipe.seed}
+        method = recipe.methods[name]
+        run = {"method": name, "options": asdict(method), "seed": recipe.seed, "code": method.code()}
         write_json(failed, run | {"comparison": recipe.comparison_id(), "reason": str(error)})
         raise
     failed.unlink(missing_ok=True)

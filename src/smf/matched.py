@@ -14,7 +14,18 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .stats import DRAWS, Estimate, draws, estimate, halves
-from .study import Measure, Point, at_seeds, by_method, change_of, changes_at, common_seeds, unbeaten, weights_of
+from .study import (
+    Measure,
+    Point,
+    at_seeds,
+    by_method,
+    change_of,
+    changes_at,
+    common_seeds,
+    limits,
+    unbeaten,
+    weights_of,
+)
 
 IN_RANGE = 0.95  # share of the draws in which a method's points must reach a gain for the interval to be one
 Levels = dict[str, float | Point]  # by label: a gain in its unit, or the point that has it
@@ -271,7 +282,8 @@ def _read_all(
             value = mean_of(at, base, gain, seeds) if isinstance(at, Point) else at
             for loss in losses:
                 table = tables.setdefault((label, loss), Matched(value, label, loss, {}, {}, seeds))
-                table.losses[name] = matched(drawn, mine, gain, loss, at)
+                lost = matched(drawn, mine, gain, loss, at)
+                table.losses[name] = lost and lost.within(*limits(base, loss))
                 if reference is not None and name != reference.method:
                     table.ratios[name] = matched_ratio(drawn, mine, theirs, gain, loss, at)
     return list(tables.values())

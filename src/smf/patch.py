@@ -47,6 +47,10 @@ class Patch:
         """A config that attaches the memory this patch belongs to: `get_peft_model(base, patch.config)`."""
         return _config(self.metadata)
 
+    def check_base(self, model: nn.Module) -> None:
+        """Refuse a model whose own weights are not those that the patch was trained beside."""
+        _check_base(model, self.metadata, "attach the memory")
+
     def apply(self, model: nn.Module, adapter: str | None = None) -> None:
         """Put the new rows in place of the old ones; refuses, changing nothing, where a row is not its old value."""
         self._copy(model, adapter, (self.old, self.old_others), (self.new, self.new_others), "apply")
@@ -253,12 +257,7 @@ def _fitting_memories(
             f"cannot {verb}: the patch is for memory at layers {wanted}, the model has some at {list(memories)}; "
             "attach it with get_peft_model(base, patch.config)"
         )
-    found = base_hash(model)
-    if header["base_hash"] != found:
-        raise PatchError(
-            f"cannot {verb}: the patch belongs to another base, {header['base']!r} with weights hash "
-            f"{str(header['base_hash'])[:12]}; this model's weights have {str(found)[:12]}"
-        )
+    _check_base(model, header, verb)
     config = _config(header)
     for layer, memory in memories.items():
         shape = config.shape(layer, header["width"], DTYPES[header["dtype"]])
@@ -272,3 +271,12 @@ def _fitting_memories(
                 "trained with (another healing?); load the adapter that it was trained on first"
             )
     return memories
+
+
+def _check_base(model: nn.Module, header: dict[str, Any], verb: str) -> None:
+    found = base_hash(model)
+    if header["base_hash"] != found:
+        raise PatchError(
+            f"cannot {verb}: the patch belongs to another base, {header['base']!r} with weights hash "
+            f"{str(header['base_hash'])[:12]}; this model's weights have {str(found)[:12]}"
+        )

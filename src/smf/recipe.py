@@ -199,6 +199,11 @@ class Method:
     axes: dict[str, list[Any]] = field(default_factory=dict)
     """Keys of this method with several values each: one method is made of every combination."""
 
+    def code(self) -> str | None:
+        """Hash of the module of a function of one's own; None for kinds of ours."""
+        module, own, _ = self.kind.partition(":")
+        return source_hash(module) if own else None
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -244,8 +249,9 @@ class Recipe:
         same name needs another output folder.
         """
         keys = self._shared() | {"seed": self.seed, "method": dataclasses.asdict(self.methods[method])}
-        if ":" in self.methods[method].kind:
-            keys["source"] = source_hash(self.methods[method].kind.partition(":")[0])
+        code = self.methods[method].code()
+        if code is not None:
+            keys["source"] = code
         return f"{method}-{json_hash(keys)[:10]}"
 
     def healing_id(self, method: Method) -> str:

@@ -17,7 +17,18 @@ from .errors import ConfigError
 from .recipe import Method, Recipe, sources
 
 SHIPPED = Path(__file__).parent / "recipes"
-KINDS = ("base", "smf", "healed", "dense-addon", "lora", "oft", "osf", "shira", "full")  # of methods
+SMF = {"rule", "reads", "update", "select_every", "rows_per_step", "train", "heal", "lr_other", "layers", "memory"}
+KINDS: dict[str, set[str]] = {  # of methods, and the keys that each reads beside kind
+    "base": set(),
+    "smf": {"lr", "replay"} | SMF,
+    "healed": {"layers", "memory"},
+    "dense-addon": {"lr", "replay", "layers", "memory"},
+    "lora": {"lr", "replay", "layers", "r", "alpha", "dropout", "options"},
+    "oft": {"lr", "replay", "layers", "options"},
+    "osf": {"lr", "replay", "layers", "options"},
+    "shira": {"lr", "replay", "layers", "r", "options"},
+    "full": {"lr", "replay"},
+}
 SHORT = {"rows_per_step": "t", "layers": "layers", "n_keys": "keys"}  # in the names of methods made by axes
 
 
@@ -251,5 +262,14 @@ def _check_method(recipe: Recipe, method: Method, where: str) -> None:
         raise ConfigError(f"{where} replay = {method.replay} needs a [replay] table that says which text")
     if method.replay >= 1:
         raise ConfigError(f"{where} replay = {method.replay}; expected a share below 1")
-    if method.layers is not None and method.kind == "full":
-        raise ConfigError(f"{where} layers: full finetuning trains all of them; leave the key out")
+    for key in dataclasses.fields(method):
+        unread = method.kind in KINDS and key.name not in KINDS[method.kind] | {"kind"}
+        if unread and getattr(method, key.name) != _default(key):
+            raise ConfigError(
+                f"{where} {key.name} = {getattr(method, key.name)!r}: kind {method.kind!r} does not read it; leave it "
+                f"out. It reads {sorted(KINDS[method.kind])}"
+            )
+
+
+def _default(key: dataclasses.Field) -> Any:
+    return key.default if key.default_factory is dataclasses.MISSING else key.default_factory()

@@ -25,7 +25,7 @@ LARGEST = 1e100  # finite numbers that are larger are no measurement; sums and d
 NUMBER = (int, float)
 Kinds = dict[str, type | tuple[type, ...]]
 NEEDED: Kinds = {"method": str, "kind": str, "seed": int, "steps": int, "options": dict, "comparison": str}
-OPTIONAL: Kinds = {"on_the_way": list, "provenance": dict, "rows_by_layer": dict}
+OPTIONAL: Kinds = {"on_the_way": list, "provenance": dict, "rows_by_layer": dict, "code": str}
 COSTS = ("seconds", "heal_seconds", "peak_memory_mb", "rows_changed", "trained_parameters")  # numbers or null
 MOMENT: Kinds = {"step": int, "share": NUMBER, "scores": dict}
 SCORE: Kinds = {"role": str, "task": str, "metrics": dict, "records": list}
@@ -216,6 +216,9 @@ def read_runs(folders: Sequence[Path], recipe: Recipe | None = None) -> Runs:
     comparison = usable[0]["comparison"]
     recipe = recipe or _recipe([*folders, *(Path(result["folder"]) for result in usable)], comparison)
     failed = _failed(failures, comparison, usable)
+    for folder, run in failures.items():
+        if any(_key(run) == _key(each) for each in failed):
+            skipped.pop(folder, None)  # it is told with the failed ones
     return Runs(_in_order(usable, recipe), skipped, recipe, _in_order(failed, recipe))
 
 
@@ -247,7 +250,8 @@ def _read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], dict[str,
                 failures[str(inner)] = failure
                 skipped[str(inner)] = f"its training failed: {failure['reason']}"
             elif not (inner / "result.json").exists():
-                skipped[str(inner)] = "it has no result yet; the command that began it goes on with it"
+                reason = "it has no result yet; the command that began it goes on with it (what it printed"
+                skipped[str(inner)] = f"{reason}: {inner / 'log.txt'})"
     return results, failures, skipped
 
 
@@ -266,7 +270,7 @@ def _failure(path: Path) -> dict[str, Any] | None:
         _expect(failure["options"], {"lr": NUMBER}, "options.")
     except (OSError, ValueError, RecursionError):  # ValueError: DataError too
         return None
-    return {key: failure[key] for key in FAILURE}
+    return {key: failure[key] for key in FAILURE} | {"code": failure.get("code")}
 
 
 def _failed(
@@ -280,7 +284,7 @@ def _failed(
 
 def _key(run: dict[str, Any]) -> str:
     """Of runs that differ in nothing but their folders."""
-    return json_hash([run[part] for part in ("comparison", "method", "options", "seed")])
+    return json_hash([run.get(part) for part in ("comparison", "method", "options", "seed", "code")])
 
 
 def _is_of(recipe: Recipe, run: dict[str, Any], folder: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +32,11 @@ class Estimate:
     low: float
     high: float
     p: float = math.nan
+
+    def within(self, least: float, most: float) -> Estimate:
+        """Without the part of the interval that no value can have; two seeds can leave one beyond all bounds."""
+        low, high = (math.nan if math.isnan(end) else min(max(end, least), most) for end in (self.low, self.high))
+        return replace(self, low=low, high=high)
 
 
 @dataclass(frozen=True, eq=False)

@@ -109,11 +109,13 @@ class Point:
 def points_of(results: Sequence[dict[str, Any]]) -> list[Point]:
     """Every point, method by method in the order of the results; runs that differ in nothing but the seed are one.
 
-    Methods with one name, but other options beside the learning rate, are told apart: "smf (rows_per_step=512)".
+    Methods with one name, but other options beside the learning rate, are told apart: "smf (rows_per_step=512)"; so are
+    runs of a function of one's own whose code changed.
     """
     variants: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result, name in zip(results, _names(results), strict=True):
-        variants.setdefault((name, json_hash(result.get("options", {}))), []).append(result)
+        options = result.get("options", {}) | {"code": result.get("code")}
+        variants.setdefault((name, json_hash(options)), []).append(result)
     points = []
     for (name, _), runs in variants.items():
         by_share: dict[float, list[dict[str, Any]]] = {}
@@ -126,7 +128,7 @@ def points_of(results: Sequence[dict[str, Any]]) -> list[Point]:
 
 def _names(results: Sequence[dict[str, Any]]) -> list[str]:
     """For each result the method's name, and the options in which methods of that name differ."""
-    flat = [_flat({k: v for k, v in result.get("options", {}).items() if k != "lr"}) for result in results]
+    flat = [_flat({k: v for k, v in r.get("options", {}).items() if k != "lr"}) | _code(r) for r in results]
     alike: dict[str, list[dict[str, str]]] = {}
     for result, options in zip(results, flat, strict=True):
         alike.setdefault(result["method"], []).append(options)
@@ -139,6 +141,10 @@ def _names(results: Sequence[dict[str, Any]]) -> list[str]:
         apart = ", ".join(f"{key}={options.get(key, '-')}" for key in keys[result["method"]])
         names.append(f"{result['method']} ({apart})" if apart else result["method"])
     return names
+
+
+def _code(result: dict[str, Any]) -> dict[str, str]:
+    return {"code": result["code"][:6]} if result.get("code") else {}
 
 
 def _flat(options: dict[str, Any], above: str = "") -> dict[str, str]:
@@ -264,9 +270,23 @@ def weights_of(measure: Measure) -> np.ndarray:
     return measure.scale * np.array([weight for *_, weight in measure.parts])
 
 
+def limits(base: Point, measure: Measure) -> tuple[float, float]:
+    """The least and the largest value that a measure can have: shares lie between 0 and 1, nats are not negative."""
+    least = most = 0.0
+    for name, metric, weight in measure.parts:
+        before = base.mean(name, metric)
+        down, up = -before, math.inf if metric in RATIOS else 1 - before
+        if metric == "score":  # of lm-evaluation-harness: any number
+            down, up = -math.inf, math.inf
+        ends = sorted((measure.scale * weight * down, measure.scale * weight * up))
+        least, most = least + ends[0], most + ends[1]
+    return least, most
+
+
 def measured(point: Point, base: Point, measure: Measure) -> Estimate:
     """A measure of one point, over its seeds and the examples."""
-    return weighted(weights_of(measure), changes_at(point, base, measure, point.seeds))
+    found = weighted(weights_of(measure), changes_at(point, base, measure, point.seeds))
+    return found.within(*limits(base, measure))
 
 
 def weighted(weights_K: np.ndarray, changes: Sequence[Changes], count: int = DRAWS) -> Estimate:
@@ -348,7 +368,8 @@ def _compare(point: Point, reference: Point, base: Point, measure: Measure, coun
     seeds = tuple(sorted(set(point.seeds) & set(reference.seeds)))
     both = [*changes_at(point, base, measure, seeds), *changes_at(reference, base, measure, seeds)]
     weights_K = np.concatenate([weights_of(measure), -weights_of(measure)])
-    difference = weighted(weights_K, both, count)
+    least, most = limits(base, measure)
+    difference = weighted(weights_K, both, count).within(least - most, most - least)
     test, p, least = "bootstrap", difference.p, 2 / (count + 1)
     if len(seeds) == 1 and len(measure.parts) == 1:
         name, metric, _ = measure.parts[0]

@@ -9,14 +9,14 @@ from typing import Any
 
 from .errors import ConfigError, DataError
 from .matched import Matched, at_equal_gain
-from .stats import RATIOS, Estimate, flips, function_of, non_inferior
+from .stats import RATIOS, Estimate, flips, non_inferior
 from .study import (
     VALIDATION,
     Comparison,
+    Measure,
     Point,
     against,
     by_method,
-    change_of,
     chosen,
     measured,
     measures,
@@ -134,6 +134,12 @@ def summarise(
     wanted = measures(base.runs[0], target_metrics)
     with_which = _reference(rows, reference)
     overall = [measure for measure in wanted if len(measure.parts) > 1]
+    matched = at_equal_gain(rows, points, base, wanted, with_which, gains)
+    if gains and not matched:
+        raise ConfigError(
+            "what is forgotten at a gain is read off between points of a method, but none has two: score on the way "
+            "(train.score_at), or run it at several learning rates (smf tune)"
+        )
     return Summary(
         base,
         rows,
@@ -143,7 +149,7 @@ def summarise(
         interior=interior,
         overall=[measured(row, base, measure) for measure in overall for row in rows],
         flips=[_flips(row, base) for row in rows],
-        matched=at_equal_gain(rows, points, base, wanted, with_which, gains),
+        matched=matched,
         reference=with_which,
         comparisons=[] if with_which is None else against(rows, with_which, base, wanted),
         rates=rates,
@@ -188,7 +194,8 @@ def _column(name: str, role: str, metric: str) -> Column:
 
 
 def _change(point: Point, base: Point, column: Column) -> Estimate:
-    return function_of(lambda v: v[0], [change_of(point, base, column.scored, column.metric)])
+    changed = Measure(column.scored, column.unit, 1.0, ((column.scored, column.metric, 1.0),), "gain")
+    return measured(point, base, changed)
 
 
 def _tried(own: Sequence[Point], failed: Sequence[dict[str, Any]]) -> list[float]:

@@ -7,7 +7,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -300,19 +300,59 @@ def _escaped(text: str) -> str:
     return text.replace("|", "&#124;").replace("\n", "<br>")
 
 
+CSV = ["what", "method", "lr", "share", "seeds", "against", "set", "role", "metric", "unit"]  # and the numbers
+
+
 def as_csv(summary: Summary) -> str:
-    """One line for each method and score: value, change, interval and p, unrounded and in the scores' own units."""
+    """Every number of the tables on a line of its own, unrounded.
+
+    `what` is "score" (with its change against the base, as a share or in nats per token), "overall" (forgetting),
+    "difference" (from the method `against`; p by Holm) or "equal gain" (forgotten where `against` says).
+    """
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    names = ["method", "lr", "share", "seeds", "set", "role", "metric", "score", "change", "low", "high", "p"]
-    writer.writerow(names)
-    for number, point in _numbered(summary):
-        for column in summary.columns:
-            found = summary.changes.get((number, column))
-            numbers = ["", "", "", ""] if found is None else [found.value, found.low, found.high, found.p]
-            what = [one_line(column.scored), column.role, column.metric, point.mean(column.scored, column.metric)]
-            writer.writerow([one_line(point.method), point.lr, point.share, len(point.runs), *what, *numbers])
+    writer = csv.DictWriter(buffer, [*CSV, "score", "change", "low", "high", "p"], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*_csv_scores(summary), *_csv_differences(summary), *_csv_equal_gains(summary)])
     return buffer.getvalue()
+
+
+def _csv_scores(summary: Summary) -> Iterator[dict[str, Any]]:
+    for number, point in _numbered(summary):
+        run = {"method": one_line(point.method), "lr": point.lr, "share": point.share, "seeds": len(point.runs)}
+        for column in summary.columns:
+            where = {"set": one_line(column.scored), "role": column.role, "metric": column.metric}
+            unit = "nats per token" if column.metric in RATIOS else "share"
+            score = {"unit": unit, "score": point.mean(column.scored, column.metric)}
+            found = _csv_estimate(summary.changes.get((number, column)))
+            yield {"what": "score"} | run | where | score | found
+        if number >= 0 and summary.overall:
+            found = _csv_estimate(summary.overall[number])
+            yield {"what": "overall"} | run | {"role": "forgetting", "unit": "%"} | found
+
+
+def _csv_differences(summary: Summary) -> Iterator[dict[str, Any]]:
+    for row, comparisons in summary.compared():
+        run = {"method": one_line(row.method), "lr": row.lr, "share": row.share}
+        run["against"] = one_line(summary.reference.method if summary.reference else "")
+        for each in comparisons:
+            found = _csv_estimate(each.estimate) | {"p": each.adjusted, "seeds": each.seeds}
+            yield {"what": "difference"} | run | _csv_measure(each.measure) | found
+
+
+def _csv_equal_gains(summary: Summary) -> Iterator[dict[str, Any]]:
+    for table in summary.matched:
+        for name, lost in table.losses.items():
+            if lost is not None:
+                run = {"method": one_line(name), "seeds": len(table.seeds), "against": one_line(table.label)}
+                yield {"what": "equal gain"} | run | _csv_measure(table.measure) | _csv_estimate(lost) | {"p": ""}
+
+
+def _csv_measure(measure: Measure) -> dict[str, Any]:
+    return {"set": one_line(measure.name), "role": measure.role, "unit": measure.unit}
+
+
+def _csv_estimate(found: Estimate | None) -> dict[str, Any]:
+    return {} if found is None else {"change": found.value, "low": found.low, "high": found.high, "p": found.p}
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

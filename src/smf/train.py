@@ -60,15 +60,18 @@ def _run(recipe: Recipe, name: str, loaded: Loaded, folder: Path, result_file: P
         write_atomically(folder / "recipe.toml", to_toml(recipe))
     set_seed(recipe.seed)
     prepared, heal_seconds = _prepare(recipe, name, loaded, folder)
+    if not isinstance(prepared, methods.Prepared):
+        raise ConfigError(f"kind = {method.kind!r} returned {prepared!r:.60}; expected a smf.methods.Prepared")
     result: dict[str, Any] = {"format": FORMAT, "comparison": recipe.comparison_id(), "method": name}
     result |= {"kind": method.kind, "options": asdict(method), "seed": recipe.seed, "steps": 0, "seconds": 0.0}
+    result |= {} if method.code() is None else {"code": method.code()}
     if prepared.optimizer is not None:
         result |= _train(prepared, recipe, name, loaded, folder)
     if not is_main():
         return result
     result.setdefault("peak_memory_mb", peak_memory_mb())  # of loading and training, before scoring adds its own
     result["scores"] = _score(prepared, recipe, loaded)
-    result |= prepared.save(folder)
+    result |= _saved(prepared, folder, method.kind)
     result |= {"trained_parameters": prepared.trained, "heal_seconds": heal_seconds}
     result["provenance"] = provenance(recipe) | {"revisions": loaded.revisions}
     write_json(result_file, result)
@@ -163,6 +166,18 @@ def _heal(recipe: Recipe, name: str, loaded: Loaded, healed: Path) -> None:
         torch.distributed.barrier()
 
 
+def _saved(prepared: methods.Prepared, folder: Path, kind: str) -> dict[str, Any]:
+    """What a method's `save` says that it changed."""
+    changed = prepared.save(folder)
+    keys = ("rows_changed", "numbers_changed")
+    if not isinstance(changed, dict) or not all(isinstance(changed.get(key), int | None) for key in keys):
+        raise ConfigError(
+            f"kind = {kind!r}: save returned {changed!r}; expected a table with {' and '.join(keys)}, each a whole "
+            "number or None. The training is kept: the same command goes on from its last checkpoint"
+        )
+    return changed
+
+
 def peak_memory_mb() -> float:
     """Peak memory of this process: on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
@@ -199,6 +214,7 @@ def evaluate_saved(recipe: Recipe, *, adapter: str | None, patch: str | None) ->
         model = PeftModel.from_pretrained(model, str(adapter))
         result: dict[str, Any] = {"method": Path(str(adapter)).name, "kind": "adapter"}
     else:
+        file.check_base(model)
         model = get_peft_model(model, file.config)
         file.apply(model)
         result = {"method": Path(str(patch)).name, "kind": "patch"} | methods.counts(file)

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .compare import check_names, result_path, run_missing
+from .compare import named, result_path, run_missing
 from .errors import ConfigError, TrainingError
 from .recipe import Recipe
-from .recipe_file import load_recipe
+from .recipe_file import load_recipe, to_toml
 from .runs import read_result
 from .study import best_stage, numbers_of, signed
 
@@ -32,19 +32,19 @@ def tune(recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: floa
 
     Args:
         recipe: its methods' learning rates are the middles of the grids.
-        only: names of methods; none: all.
+        only: names of methods as `compare.named` takes them; none: all.
         points: of each grid, an odd number.
         factor: between neighbouring rates.
 
     Returns:
-        `{"comparison", "metric", "points", "factor", "methods": {name: entry}}`, where an entry is
-        `{"best", "interior", "grid": [{"lr", "score", ...}]}`.
+        `{"comparison", "metric", "points", "factor", "base", "methods": {name: entry}}`. "base" is the base's score,
+        None where the recipe has no base; an entry is `{"best", "interior", "grid": [{"lr", "score", ...}]}`.
     """
     if recipe.target.validation is None:
         raise ConfigError("the recipe has no [target.validation] table, by which learning rates could be chosen")
     if points < 3 or points % 2 == 0 or not factor > 1:
         raise ConfigError(f"points = {points}, factor = {factor}; expected an odd number from 3 and a factor above 1")
-    check_names(recipe, only)
+    only = named(only, recipe.methods)
     untuned = [(recipe, name) for name, method in recipe.methods.items() if method.kind in UNTUNED]
     names = [name for name, m in recipe.methods.items() if m.kind not in UNTUNED and (not only or name in only)]
     exponents = {name: list(range(-(points // 2), points // 2 + 1)) for name in names}
@@ -59,7 +59,7 @@ def tune(recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: floa
         growing = [name for name in names if not tuned[name]["interior"] and len(exponents[name]) < 2 * points]
         if not growing:
             head = {"comparison": recipe.comparison_id(), "metric": recipe.target.metrics[0]}
-            return head | {"points": points, "factor": factor, "methods": tuned}
+            return head | {"points": points, "factor": factor, "base": _base_score(recipe), "methods": tuned}
         for name in growing:
             grid, low = exponents[name], tuned[name]["best"] == rates[name][0]
             exponents[name] = [grid[0] - 1, *grid] if low else [*grid, grid[-1] + 1]
@@ -75,6 +75,19 @@ def tuned_recipe(recipe: Recipe, tuned: dict[str, Any]) -> Recipe:
     for name, entry in tuned["methods"].items():
         recipe = at_rate(recipe, name, entry["best"])
     return recipe
+
+
+def tuned_toml(recipe: Recipe, tuned: dict[str, Any], output: Path) -> str:
+    """The tuned recipe as a file, whose first lines say how to go on and which rates nobody chose."""
+    untuned = [n for n, m in recipe.methods.items() if n not in tuned["methods"] and m.kind not in UNTUNED]
+    lines = [
+        f"# smf compare {output / 'tuned.toml'} --seeds 5",
+        "",
+        f"# Learning rates: the best of grids of {tuned['points']}, by the validation set's {tuned['metric']}; tune.md "
+        "has every point.",
+        *([f"# Not tuned, at the recipe's own rates: {', '.join(untuned)}."] if untuned else []),
+    ]
+    return "\n".join(lines) + "\n\n" + to_toml(tuned_recipe(recipe, tuned))
 
 
 def with_earlier(recipe: Recipe, tuned: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -152,6 +165,14 @@ def _grid(recipe: Recipe, name: str, rates: Sequence[float]) -> dict[str, Any]:
     return {"best": rates[best], "interior": 0 < best < len(grid) - 1, "grid": grid}
 
 
+def _base_score(recipe: Recipe) -> float | None:
+    """The base's validation score; None where the recipe has no base, or its run did not finish."""
+    for name, method in recipe.methods.items():
+        if method.kind == "base" and (path := result_path(recipe, name)).is_file():
+            return best_stage(read_result(path), recipe.target.metrics[0]).validation(recipe.target.metrics[0])
+    return None
+
+
 def _point(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
     metric = recipe.target.metrics[0]
     stage = best_stage(result, metric)
@@ -166,11 +187,14 @@ def _point(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
 
 def tuning_table(tuned: dict[str, Any]) -> str:
     """Every point of every grid, as Markdown; the chosen one in bold."""
-    metric = tuned["metric"]
+    metric, before = tuned["metric"], tuned.get("base")
     lines = [f"| method | learning rate: validation {metric} |", "| --- | --- |"]
     for name, entry in tuned["methods"].items():
         cells = [f"{p['lr']:g}: " + ("failed" if p["score"] is None else f"{p['score']:.3f}") for p in entry["grid"]]
         shown = [f"**{c}**" if p["lr"] == entry["best"] else c for c, p in zip(cells, entry["grid"], strict=True)]
         note = "" if entry["interior"] else " (best point at the end of its grid)"
+        scores = [signed(point["score"], metric) for point in entry["grid"] if point["score"] is not None]
+        if before is not None and max(scores) <= signed(before, metric):
+            note += " (no better than the base)"
         lines.append(f"| {name} | {' · '.join(shown)}{note} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + ("\n" if before is None else f"\n\nThe base: {before:.3f}.\n")
