@@ -427,6 +427,16 @@ def test_gains_can_be_given_and_methods_without_a_common_seed_have_none():
     assert all(each.losses["lora"] is not None and each.losses["smf"] is None and not each.ratios for each in found)
 
 
+def test_where_there_is_no_value_it_is_said_how_much_the_points_gain():
+    old, *points = points_of([BEFORE, curve("low", [0.3, 0.4], [1.0, 0.9]), curve("high", [0.65, 0.75], [0.9, 0.5])])
+    lower, upper = (at_equal_gain(chosen(points, "acc"), points, old, WANTED, None, [gain])[0] for gain in (10, 45.0))
+    assert lower.losses["low"] is not None and lower.beyond("low") == ""
+    assert lower.losses["high"] is None and lower.beyond("high") == "gains 40 and more"
+    assert upper.losses["low"] is None and upper.beyond("low") == "gains 15 at most"
+    assert lower.beyond("absent") == "" and upper.beyond("high") == ""
+    assert lower.ranges["low"] == pytest.approx((5.0, 15.0))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_points_with_an_example_that_is_no_number_are_left_out(value):
     bad = result("lora", scores(0.5), lr=0.2)

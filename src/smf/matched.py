@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -43,6 +43,7 @@ class Matched:
         ratios: by method, as a share of the reference's loss; None where one of both has none, or the reference forgets
             nothing.
         seeds: of the points that were read, all alike; of one, intervals are over examples only.
+        ranges: by method, the least and the largest gain of its Pareto points, between which there is a value.
     """
 
     gain: float
@@ -51,6 +52,14 @@ class Matched:
     losses: dict[str, Estimate | None]
     ratios: dict[str, Estimate | None]
     seeds: tuple[int, ...] = (0,)
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def beyond(self, name: str) -> str:
+        """Where a method's points lie that has no value here; "" where it has one, or no points."""
+        if self.losses.get(name) is not None or name not in self.ranges:
+            return ""
+        least, most = self.ranges[name]
+        return f"gains {least:.3g} and more" if least > self.gain else f"gains {most:.3g} at most"
 
 
 def front(gains_PX: np.ndarray, losses_PX: np.ndarray) -> np.ndarray:
@@ -137,6 +146,13 @@ class Drawn:
             own = [parts.index((name, metric)) for name, metric, _ in measure.parts]
             self.values_HP[measure] = np.einsum("k,hkp->hp", weights_of(measure), values_HKP[:, own])
             self.drawn_HPD[measure] = np.einsum("k,hkpd->hpd", weights_of(measure), drawn_HKPD[:, own])
+
+    def range_of(self, points: Sequence[Point], gain: Measure, loss: Measure) -> tuple[float, float]:
+        """The least and the largest gain of the Pareto points, on all examples."""
+        own = [self.places[point] for point in points]
+        gains_P = self.whole_P[gain][own]
+        kept_P = gains_P[front(gains_P, self.whole_P[loss][own])]
+        return float(kept_P.min()), float(kept_P.max())
 
     def read(
         self, points: Sequence[Point], gain: Measure, loss: Measure, at: float | Point
@@ -284,6 +300,8 @@ def _read_all(
                 table = tables.setdefault((label, loss), Matched(value, label, loss, {}, {}, seeds))
                 lost = matched(drawn, mine, gain, loss, at)
                 table.losses[name] = lost and lost.within(*limits(base, loss))
+                if mine:
+                    table.ranges[name] = drawn.range_of(mine, gain, loss)
                 if reference is not None and name != reference.method:
                     table.ratios[name] = matched_ratio(drawn, mine, theirs, gain, loss, at)
     return list(tables.values())

@@ -150,6 +150,8 @@ def matched_tables(summary: Summary) -> dict[str, tuple[Cells, str]]:
 
 def _matched_text(each: Matched, name: str) -> str:
     text = estimate_text(each.losses[name], digits_of(each.measure), between=" ", sign="")
+    if each.beyond(name):
+        text += f"\n({each.beyond(name)})"
     if each.ratios.get(name) is None:
         return text
     return f"{text}\nx {estimate_text(each.ratios[name], 2, between=' ', sign='')}"
