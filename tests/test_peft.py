@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 import smf
 from conftest import batch, logits, tiny_base, tiny_config, tiny_model, train
-from smf.adapter import TRAINED, SparseMemoryLayer
+from smf.adapter import SparseMemoryLayer
+from smf.config import TRAINED
 from smf.decoder import default_layers
 
 FRESH = {"additive": {"mode": "additive", "init": "paper"}, "replacement": {"mode": "replacement", "init": "paper"}}

@@ -3,8 +3,10 @@
 Importing this package registers the method with PEFT.
 """
 
-from .adapter import SparseMemoryConfig, SparseMemoryModel, set_train
+from .adapter import SparseMemoryModel, set_train
+from .adapter_file import load, open_patch
 from .background import Background, read_background
+from .config import SparseMemoryConfig
 from .errors import (
     BackgroundError,
     ConfigError,
@@ -16,7 +18,8 @@ from .errors import (
 )
 from .memory import ProductKeyMemory, memory_layers
 from .optimizer import SparseMemoryOptimizer, StepReport
-from .patch import Patch, load_patch, save_patch
+from .patch import Patch
+from .patch_file import load_patch, save_patch
 
 __version__ = "0.1.0"
 
@@ -35,8 +38,10 @@ __all__ = [
     "StepReport",
     "TrainingError",
     "UnsupportedModelError",
+    "load",
     "load_patch",
     "memory_layers",
+    "open_patch",
     "read_background",
     "save_patch",
     "set_train",

@@ -1,132 +1,29 @@
-"""Sparse memory as a PEFT method: its config, the layer that wraps an MLP, the tuner and its registration."""
+"""Sparse memory as a PEFT method: the layer that wraps an MLP, the tuner and its registration."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, TaskType
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
+from .config import TRAINED, SparseMemoryConfig
 from .decoder import default_layers, find_decoder, refuse_base
 from .errors import ConfigError, SmfError, UnsupportedModelError
 from .fingerprint import base_hash
 from .memory import KINDS, MemoryHost, MemoryShape, ProductKeyMemory
+from .table_rows import VALUES, changed_rows, with_whole_tables
 from .tokens import TokenMask
 
-TRAINED: dict[str, tuple[str, ...]] = {  # kinds that autograd trains; the table is trained through the anchor
-    "rows": ("anchor",),
-    "rows+scale": ("anchor", "scale"),
-    "memory": ("anchor", "scale", "query_weight", "query_bias", "keys", "gate", "out"),
-}
-
-
-def _register_type(name: str) -> PeftType:
-    """Add a member to PEFT's closed enum of methods; `register_peft_method` refuses names that are not in it."""
-    if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
-        member._name_ = member._value_ = name
-        member.__objclass__ = PeftType  # type: ignore[attr-defined]
-        member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
-        PeftType._member_names_.append(name)
-        PeftType._member_map_[name] = member
-        PeftType._value2member_map_[name] = member
-        type.__setattr__(PeftType, name, member)
-    return PeftType[name]
-
-
-SPARSE_MEMORY = _register_type("SPARSE_MEMORY")
-
-
-@dataclass
-class SparseMemoryConfig(PeftConfig):
-    """Which memory layers to attach, and how they start.
-
-    Args:
-        layers: decoder layers that get a memory; None: at one quarter, the middle and three quarters of the depth.
-        n_keys: sub-keys of each half; the table has `n_keys ** 2` rows.
-        heads: query heads.
-        knn: rows that each head reads for a token.
-        k_dim: width of a head's query; even, both halves take half of it.
-        mode: "additive", `mlp(x) + scale * memory(x)`, or "replacement", `memory(x)` in place of the MLP.
-        init: "zero", value rows zero and scale 1, so that attaching changes no logit; or "paper", random values and
-            scale 0.01 (arXiv 2605.03229), which expects healing.
-        seed: of all initial values.
-        table_dtype: "float32" or "bfloat16" (updates are computed in float32 and rounded stochastically). On a
-            float64 base, a "float32" table is float64.
-        train: what trains: "rows" of the table, "rows+scale", or the whole "memory" (healing). `set_train` changes it.
-        base_hash: hash of the base's weights, filled in when the memory is attached and checked when it is loaded.
-        target_modules: filled in: the wrapped modules, found from `layers`.
-    """
-
-    layers: list[int] | None = None
-    n_keys: int = 128
-    heads: int = 4
-    knn: int = 16
-    k_dim: int = 256
-    mode: Literal["additive", "replacement"] = "additive"
-    init: Literal["zero", "paper"] = "zero"
-    seed: int = 0
-    table_dtype: Literal["float32", "bfloat16"] = "float32"
-    train: Literal["rows", "rows+scale", "memory"] = "rows"
-    base_hash: str | None = field(default=None, repr=False)
-    target_modules: list[str] | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = SPARSE_MEMORY
-        self.task_type = self.task_type or TaskType.CAUSAL_LM
-        for name in ("n_keys", "heads", "knn", "k_dim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
-        if self.k_dim % 2:
-            raise ConfigError(f"k_dim must be even, since both halves of a query take k_dim / 2; got {self.k_dim}")
-        if self.knn > self.n_keys:
-            raise ConfigError(f"knn={self.knn} rows cannot be picked from n_keys={self.n_keys} sub-keys; lower knn")
-        if self.n_keys**2 >= 2**31:
-            raise ConfigError(f"n_keys={self.n_keys}: row ids are 32-bit, so n_keys can be 46340 at most")
-        for name, allowed in (
-            ("mode", ("additive", "replacement")),
-            ("init", ("zero", "paper")),
-            ("table_dtype", ("float32", "bfloat16")),
-            ("train", tuple(TRAINED)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not known; use one of {list(allowed)}")
-        if self.mode == "replacement" and self.init == "zero":
-            raise ConfigError('mode="replacement" with init="zero" would erase the MLP; use init="paper" and heal')
-        self.check_train(self.train)
-        if self.layers is not None:
-            self.layers = _checked_layers(self.layers)
-
-    def check_train(self, train: str) -> None:
-        """Refuse a train mode that does not exist or does not fit the mode."""
-        if train not in TRAINED:
-            raise ConfigError(f"train={train!r} is not known; use one of {list(TRAINED)}")
-        if train == "rows+scale" and self.mode == "replacement":
-            raise ConfigError('train="rows+scale" needs mode="additive": a replacement has no scale')
-
-    def shape(self, layer: int, d: int, dtype: torch.dtype) -> MemoryShape:
-        """Sizes and start of the memory at `layer` of a base of width `d`, whose parameters have `dtype`."""
-        wide = torch.promote_types(dtype, torch.float32)
-        table = torch.bfloat16 if self.table_dtype == "bfloat16" else wide
-        sizes = (d, self.n_keys, self.heads, self.knn, self.k_dim)
-        return MemoryShape(layer, *sizes, self.mode, self.init, self.seed, table, wide)
-
-
-def _checked_layers(layers: Sequence[int]) -> list[int]:
-    listed = isinstance(layers, Sequence) and not isinstance(layers, str)
-    if not listed or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
-        raise ConfigError(f"layers must be a list of decoder layer indices like [10, 12, 14]; got {layers!r}")
-    if not layers or len(set(layers)) != len(layers):
-        raise ConfigError(f"layers must name at least one layer, each once; got {layers!r}")
-    return sorted(layers)
+CHECKPOINT = re.compile(r"checkpoint-\d+")  # folders that Trainer makes
 
 
 class SparseMemoryLayer(MemoryHost, BaseTunerLayer):  # type: ignore[override]
@@ -218,6 +115,7 @@ class SparseMemoryModel(BaseTuner):
 
     prefix = "sparse_memory_"
     tuner_layer_cls = SparseMemoryLayer
+    rows_only = False  # while Trainer's checkpoint is written
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
         configs = getattr(model, "peft_config", None)  # PEFT adds to it before it injects
@@ -288,6 +186,30 @@ class SparseMemoryModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         pass  # the config says which dtype each tensor has
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """What PEFT saves: with `rows_only`, of each table only what differs from its start."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        if not getattr(getattr(model, "base_model", None), "rows_only", False):
+            return found
+        for name, shape in _shapes(model, adapter_name).items():
+            entries = changed_rows(found.pop(f"{name}.{VALUES}.{adapter_name}"), shape)
+            found |= {f"{name}.{part}.{adapter_name}": tensor for part, tensor in entries.items()}
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What PEFT loads: whole tables, also where rows were saved."""
+        shapes = _shapes(model, adapter_name)
+        prefix = "base_model.model."  # in files always, in models only within a PeftModel
+        shapes |= {f"{prefix}{name}": shape for name, shape in shapes.items() if not name.startswith(prefix)}
+        whole = with_whole_tables(state_dict, shapes)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, whole)
+
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(
             "a memory cannot be merged into the base: it is a table that is looked up, not a change of weights. "
@@ -323,13 +245,21 @@ class SparseMemoryModel(BaseTuner):
         )
 
 
+def _shapes(model: nn.Module, adapter: str) -> dict[str, MemoryShape]:
+    """Sizes and start of an adapter's memories, by the name of their module."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseMemoryLayer)}
+    return {name: layer.memories[adapter].shape for name, layer in layers.items() if adapter in layer.memories}
+
+
 # -- registration -----------------------------------------------------------------------------------------------------
 
 
 def _register() -> None:
-    """Make PEFT know the method, and let its summary count table rows, which are frozen for autograd."""
+    """Make PEFT know the method, let its summary count table rows, which are frozen for autograd, and its checkpoints
+    hold changed rows."""
     register_peft_method(name="sparse_memory", config_cls=SparseMemoryConfig, model_cls=SparseMemoryModel)
     count, show = PeftModel.get_nb_trainable_parameters, PeftModel.print_trainable_parameters
+    save = PeftModel.save_pretrained
 
     def get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:
         if not isinstance(self.base_model, SparseMemoryModel):
@@ -341,6 +271,18 @@ def _register() -> None:
         if isinstance(self.base_model, SparseMemoryModel):
             print(self.base_model.describe_trainable()[1])
 
+    @functools.wraps(save)
+    def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """In Trainer's checkpoint folders rows in place of whole tables; elsewhere what every loader can read."""
+        if not isinstance(self.base_model, SparseMemoryModel):
+            return save(self, save_directory, *args, **kwargs)
+        self.base_model.rows_only = CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(save_directory))) is not None
+        try:
+            return save(self, save_directory, *args, **kwargs)
+        finally:
+            self.base_model.rows_only = False
+
+    PeftModel.save_pretrained = save_pretrained
     PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters
     PeftModel.print_trainable_parameters = print_trainable_parameters
 

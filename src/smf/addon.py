@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import SparseMemoryConfig
+from .config import SparseMemoryConfig
 from .decoder import default_layers, find_decoder
 from .errors import ConfigError
 from .files import read_tensors, write_tensors

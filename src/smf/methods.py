@@ -12,14 +12,16 @@ import torch
 from peft import LoraConfig, OFTConfig, OSFConfig, ShiraConfig, get_peft_model
 from torch import nn
 
-from .adapter import SparseMemoryConfig, set_train
+from .adapter import set_train
 from .addon import add_dense, save_dense
 from .background import read_background
+from .config import SparseMemoryConfig
 from .data import Loaded
 from .decoder import find_decoder
 from .errors import ConfigError
 from .optimizer import SparseMemoryOptimizer
-from .patch import Patch, save_patch
+from .patch import Patch
+from .patch_file import save_patch
 from .recipe import Method, Recipe
 
 

@@ -1,23 +1,22 @@
-"""Patches: the rows that a training changed, as one file that can be applied to a model and reverted, bit for bit."""
+"""Patches: the rows that a training changed, put into a model and taken out again bit for bit, merged and compared."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import SparseMemoryConfig
+from .config import SparseMemoryConfig
 from .errors import ConfigError, PatchError
-from .files import read_tensors, write_tensors
-from .fingerprint import base_hash, json_hash, tensor_bytes, tensors_hash
+from .fingerprint import base_hash, tensor_bytes, tensors_hash
 from .memory import MemoryShape, ProductKeyMemory, memory_layers
+from .row_sets import Overlap, Policy, RowSet, merge_rows, overlap, same_rows
 
-FORMAT = 1
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16)}
+Tables = Mapping[int, Mapping[str, Tensor]]  # of each layer the parameters of its memory, by kind
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +27,7 @@ class Patch:
         rows: for each layer the ids of the changed rows, ascending.
         old, new: the rows `[R, D]` before and after, by layer.
         old_others, new_others: other parameters that the training changed, whole, by layer and kind.
-        metadata: what the file says of itself: base, config, checksums, and what trained it.
+        metadata: what the patch belongs to (base, config, checksums of what it does not change) and what trained it.
     """
 
     rows: dict[int, Tensor]
@@ -45,27 +44,52 @@ class Patch:
     @property
     def config(self) -> SparseMemoryConfig:
         """A config that attaches the memory this patch belongs to: `get_peft_model(base, patch.config)`."""
-        return _config(self.metadata)
+        return SparseMemoryConfig(**self.metadata["config"], base_model_name_or_path=self.metadata["base"])
+
+    def shape(self, layer: int) -> MemoryShape:
+        """Sizes and start of the memory at a layer."""
+        return self.config.shape(layer, self.metadata["width"], DTYPES[self.metadata["dtype"]])
+
+    def row_set(self, layer: int) -> RowSet:
+        """The rows of one layer, before and after."""
+        return RowSet(self.rows[layer], self.old[layer], self.new[layer])
+
+    # -- in a model ---------------------------------------------------------------------------------------------------
 
     def check_base(self, model: nn.Module) -> None:
         """Refuse a model whose own weights are not those that the patch was trained beside."""
-        _check_base(model, self.metadata, "attach the memory")
+        self.check_hash(base_hash(model), "attach the memory")
+
+    def check_hash(self, found: str | None, verb: str) -> None:
+        """Refuse another base by the hash of its weights."""
+        if self.metadata["base_hash"] != found:
+            raise PatchError(
+                f"cannot {verb}: the patch belongs to another base, {self.metadata['base']!r} with weights hash "
+                f"{str(self.metadata['base_hash'])[:12]}; this one's weights have {str(found)[:12]}"
+            )
 
     def apply(self, model: nn.Module, adapter: str | None = None) -> None:
         """Put the new rows in place of the old ones; refuses, changing nothing, where a row is not its old value."""
-        self._copy(model, adapter, (self.old, self.old_others), (self.new, self.new_others), "apply")
+        self.put_into(_fitting_tables(model, adapter, self, "apply"), "apply")
 
     def revert(self, model: nn.Module, adapter: str | None = None) -> None:
         """Put the old rows back; refuses, changing nothing, where a row is not its new value."""
-        self._copy(model, adapter, (self.new, self.new_others), (self.old, self.old_others), "revert")
+        self.put_into(_fitting_tables(model, adapter, self, "revert"), "revert")
 
     @torch.no_grad()
-    def _copy(self, model: nn.Module, adapter: str | None, before: tuple, after: tuple, verb: str) -> None:
-        memories = _fitting_memories(model, adapter, self.metadata, verb)
+    def put_into(self, tables: Tables, verb: str) -> None:
+        """Apply or revert on the parameters of the memories, in place; nothing is changed after any error.
+
+        Args:
+            tables: of a base, config and start that fit.
+            verb: "apply" or "revert".
+        """
+        old, new = (self.old, self.old_others), (self.new, self.new_others)
+        before, after = (old, new) if verb == "apply" else (new, old)
         for layer, rows in self.rows.items():
-            memory = memories[layer]
-            present = memory.values[rows.to(memory.values.device)].cpu()
-            wrong = rows[~_same_rows(present, before[0][layer])]
+            table = tables[layer]
+            present = table["values"][rows.to(table["values"].device)].cpu()
+            wrong = rows[~same_rows(present, before[0][layer])]
             if len(wrong) > 0:
                 raise PatchError(
                     f"cannot {verb}: {len(wrong)} of {len(rows)} rows of layer {layer} are not what the patch "
@@ -73,210 +97,256 @@ class Patch:
                     "Another training or patch changed them; nothing was changed now"
                 )
             for kind, tensor in before[1][layer].items():
-                if not _same(memory.tensor(kind).cpu(), tensor):
+                if not same(table[kind].cpu(), tensor):
                     raise PatchError(
                         f"cannot {verb}: {kind} of layer {layer} was changed since; nothing was changed now"
                     )
-        for layer, rows in self.rows.items():
-            values = memories[layer].values
-            values.index_copy_(0, rows.to(values.device), after[0][layer].to(values.device))
-            for kind, tensor in after[1][layer].items():
-                memories[layer].tensor(kind).copy_(tensor)
+        try:
+            self._copy(tables, *after)
+        except BaseException:  # out of memory, or a key pressed: not half of it
+            self._copy(tables, *before)
+            raise
+
+    def _copy(self, tables: Tables, rows: dict[int, Tensor], others: dict[int, dict[str, Tensor]]) -> None:
+        for layer, ids in self.rows.items():
+            values = tables[layer]["values"]
+            values.index_copy_(0, ids.to(values.device), rows[layer].to(values.device))
+            for kind, tensor in others[layer].items():
+                tables[layer][kind].copy_(tensor)
+
+    # -- with other patches -------------------------------------------------------------------------------------------
+
+    def merge(
+        self,
+        *others: Patch,
+        policy: Policy = "refuse",
+        weights: Sequence[float] | None = None,
+        **metadata: Any,
+    ) -> Patch:
+        """A patch that does what this one and others do.
+
+        Rows that one of them changed are taken as they are. Patches trained one after the other, each with the one
+        before applied, are joined: the last value counts. Rows that several changed from one start are settled by the
+        policy; `overlap` lists them.
+
+        Args:
+            others: of the same base and memory, in the order of their trainings.
+            policy: "refuse"; "sum" of the changes; "weighted" mean of the values; "last" patch's value.
+            weights: one for each patch, this one's first; none: equal.
+            metadata: JSON values to keep with the patch.
+
+        Raises:
+            PatchError: for patches that do not belong together, rows that were trained from other values, and, by
+                the policy, rows that several changed.
+        """
+        patches = [self, *others]
+        weights = [1.0] * len(patches) if weights is None else list(weights)
+        if policy not in ("refuse", "sum", "weighted", "last"):
+            raise ConfigError(f'policy = {policy!r}; expected "refuse", "sum", "weighted" or "last"')
+        if len(weights) != len(patches) or not all(0 < weight < float("inf") for weight in weights):
+            raise ConfigError(
+                f"weights = {weights}; expected a finite number above 0 for each of {len(patches)} patches"
+            )
+        for number, other in enumerate(others, 2):
+            _check_siblings(self, other, number)
+        rows, clashes = {}, {}
+        others_old: dict[int, dict[str, Tensor]] = {}
+        others_new: dict[int, dict[str, Tensor]] = {}
+        for layer in self.rows:
+            sets = [patch.row_set(layer) for patch in patches]
+            rows[layer], found = merge_rows(sets, policy, weights, f"layer {layer}")
+            clashes[str(layer)] = len(found)
+            others_old[layer], others_new[layer] = _merge_others(patches, layer, policy, weights)
+        note = {"merged": [patch.metadata["metadata"] for patch in patches], "policy": policy, "weights": weights}
+        own = note | {"rows_of_several": clashes} | metadata
+        return Patch(
+            {layer: each.ids_R for layer, each in rows.items()},
+            {layer: each.old_RD for layer, each in rows.items()},
+            {layer: each.new_RD for layer, each in rows.items()},
+            others_old,
+            others_new,
+            self.metadata | {"metadata": own},
+        )
+
+    def overlap(self, other: Patch) -> dict[int, Overlap]:
+        """By layer the rows that this patch and another one both changed, with the sizes of their changes."""
+        _check_siblings(self, other, 2)
+        return {layer: overlap(self.row_set(layer), other.row_set(layer)) for layer in self.rows}
+
+    def diff(self, other: Patch) -> dict[int, Difference]:
+        """By layer how the two differ in what they leave."""
+        _check_siblings(self, other, 2)
+        return {layer: _difference(self.row_set(layer), other.row_set(layer)) for layer in self.rows}
 
 
-def save_patch(model: nn.Module, path: str | Path, *, adapter: str | None = None, **metadata: Any) -> Patch:
-    """Write the rows that changed since the model's SparseMemoryOptimizer was made, and return them.
-
-    For a model without an optimizer (one that was loaded), they are relative to the memory's reproducible start.
+@dataclass(frozen=True)
+class Difference:
+    """How two patches differ at one layer.
 
     Args:
-        model: with memory layers.
-        path: of the file, written atomically.
-        adapter: whose memory; None for the active one.
-        metadata: JSON values to keep with the patch, such as what trained it.
+        only_first, only_second: ids of rows that one of them changes.
+        equal: ids of rows that both leave equal, to the last bit.
+        apart: ids of rows that they leave different.
+        distances: between the two values of each row in `apart`.
     """
-    memories = memory_layers(model, adapter)
-    if not memories:
-        raise PatchError("the model has no memory layers, so there is nothing to save")
-    name = next(iter(memories.values())).adapter
-    config = _adapter_config(model, name)
-    layers: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, Tensor] = {}
-    for layer, memory in memories.items():
-        start = memory.shape.start()
-        rows, old, new, old_others, new_others = _changes(memory, start)
-        tensors |= {f"{layer}.ids": rows, f"{layer}.new": new}
-        tensors |= {f"{layer}.{kind}.new": tensor for kind, tensor in new_others.items()}
-        from_start = _same(old, start["values"][rows]) and all(_same(t, start[k]) for k, t in old_others.items())
-        if not from_start:
-            tensors[f"{layer}.old"] = old
-            tensors |= {f"{layer}.{kind}.old": tensor for kind, tensor in old_others.items()}
-        frozen = {k: t for k, t in memory.others().items() if k not in new_others}
-        layers[str(layer)] = {
-            "start": tensors_hash(start),
-            "from_start": from_start,
-            "frozen": tensors_hash(frozen),
-            "others": sorted(new_others),
-        }
-    header = {
-        "format": FORMAT,
-        "base": config.base_model_name_or_path,
-        "base_hash": base_hash(model),
-        "config": {option: getattr(config, option) for option in SparseMemoryConfig.__annotations__},
-        "width": next(iter(memories.values())).shape.d,
-        "dtype": str(next(iter(memories.values())).shape.dtype),
-        "layers": layers,
-        "tensors": tensors_hash(tensors),
-        "metadata": metadata,
-    }
-    try:
-        header = json.loads(json.dumps(header, allow_nan=False))  # as it will be read back
-    except (TypeError, ValueError) as error:
-        raise PatchError(f"metadata must be JSON values: {error}") from error
-    header |= {"checksum": json_hash(header)}
-    patch = _patch(header, tensors)  # refuses what could not be read back, before it is written
-    write_tensors(Path(path), tensors, "patch", header)
-    return patch
+
+    only_first: Tensor
+    only_second: Tensor
+    equal: Tensor
+    apart: Tensor
+    distances: Tensor
 
 
-def load_patch(path: str | Path) -> Patch:
-    """Read a patch file; raises PatchError for anything that is not a whole, unaltered one of a known format."""
-    header, tensors = read_tensors(Path(path), "patch", FORMAT, PatchError)
-    about = {key: value for key, value in header.items() if key != "checksum"}
-    if header.get("checksum") != json_hash(about) or header.get("tensors") != tensors_hash(tensors):
-        raise PatchError(f"{path} was altered: its content does not match its checksum")
-    try:
-        return _patch(header, tensors)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise PatchError(f"{path} is not a valid patch: {error}") from error
+def _difference(a: RowSet, b: RowSet) -> Difference:
+    shared = overlap(a, b).ids_R
+    mine, theirs = (side.take(torch.isin(side.ids_R, shared)) for side in (a, b))
+    equal = same_rows(mine.new_RD, theirs.new_RD)
+    distances = (mine.new_RD.double() - theirs.new_RD.double()).norm(dim=-1)
+    only = [side.ids_R[~torch.isin(side.ids_R, shared)] for side in (a, b)]
+    return Difference(only[0], only[1], shared[equal], shared[~equal], distances[~equal])
 
 
-def _patch(header: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
-    config = _config(header)
-    patch = Patch({}, {}, {}, {}, {}, header)
-    for key, about in sorted(header["layers"].items(), key=lambda item: int(item[0])):
-        layer = int(key)
-        shape = config.shape(layer, header["width"], DTYPES[header["dtype"]])
-        rows, new = tensors[f"{key}.ids"], tensors[f"{key}.new"]
-        _check_rows(layer, shape, rows, new)
-        others = {kind: tensors[f"{key}.{kind}.new"] for kind in about["others"]}
-        if about["from_start"]:
-            start = shape.start()
-            if tensors_hash(start) != about["start"]:
-                raise PatchError(
-                    f"layer {layer}: the start that config and seed give here is not what the patch was trained from; "
-                    "this machine or torch draws other initial values"
-                )
-            old, old_others = start["values"][rows], {kind: start[kind] for kind in others}
-        else:
-            old, old_others = tensors[f"{key}.old"], {kind: tensors[f"{key}.{kind}.old"] for kind in others}
-        if _layout(old) != _layout(new):
-            raise PatchError(f"layer {layer}: old rows {tuple(old.shape)} do not match new rows {tuple(new.shape)}")
-        for kind, tensor in others.items():
-            if _layout(tensor) != _layout(old_others[kind]) or not bool(tensor.isfinite().all()):
-                raise PatchError(f"layer {layer}: the new {kind} must be finite and like the old one")
-        patch.rows[layer], patch.old[layer], patch.new[layer] = rows, old, new
-        patch.old_others[layer], patch.new_others[layer] = old_others, others
-    return patch
+def _merge_others(
+    patches: Sequence[Patch], layer: int, policy: Policy, weights: Sequence[float]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Other parameters of one layer, each as a table of one row."""
+    old, new = {}, {}
+    for kind, like in patches[0].new_others[layer].items():
+        sets = [
+            RowSet(
+                torch.zeros(1, dtype=torch.int64),
+                p.old_others[layer][kind].reshape(1, -1),
+                p.new_others[layer][kind].reshape(1, -1),
+            )
+            for p in patches
+        ]
+        merged, _ = merge_rows(sets, policy, weights, f"{kind} of layer {layer}")
+        if len(merged):
+            old[kind], new[kind] = merged.old_RD.reshape(like.shape), merged.new_RD.reshape(like.shape)
+        else:  # back at its first value
+            old[kind] = new[kind] = patches[0].old_others[layer][kind]
+    return old, new
 
 
-def _check_rows(layer: int, shape: MemoryShape, rows: Tensor, new: Tensor) -> None:
-    if (
-        rows.dtype != torch.int64
-        or rows.dim() != 1
-        or new.shape != (len(rows), shape.d)
-        or new.dtype != shape.table_dtype
-    ):
+def _check_siblings(first: Patch, other: Patch, number: int) -> None:
+    """Refuse patches that do not belong to one base and one memory."""
+    a, b = first.metadata, other.metadata
+    if a["base_hash"] != b["base_hash"]:
         raise PatchError(
-            f"layer {layer}: {len(rows)} ids ({rows.dtype}) with rows {tuple(new.shape)} ({new.dtype}); expected int64 "
-            f"ids and one row of width {shape.d} ({shape.table_dtype}) for each"
+            f"patch {number} belongs to another base, {b['base']!r} with weights hash {str(b['base_hash'])[:12]}; the "
+            f"first one's is {a['base']!r} with {str(a['base_hash'])[:12]}"
         )
-    if len(rows) and not (int(rows[0]) >= 0 and int(rows[-1]) < shape.n_rows and bool((rows.diff() > 0).all())):
-        raise PatchError(f"layer {layer}: row ids must ascend within 0 to {shape.n_rows - 1}, each once")
-    if not bool(new.isfinite().all()):
-        raise PatchError(f"layer {layer}: the new rows hold NaN or infinity")
+    if list(first.rows) != list(other.rows):
+        raise PatchError(f"patch {number} is for memory at layers {list(other.rows)}, the first at {list(first.rows)}")
+    for layer in first.rows:
+        if first.shape(layer) != other.shape(layer):
+            raise PatchError(
+                f"patch {number} is for {other.shape(layer)} at layer {layer}, the first {first.shape(layer)}"
+            )
+        frozen, others = ([each["layers"][str(layer)][key] for each in (a, b)] for key in ("frozen", "others"))
+        if others[0] != others[1]:
+            raise PatchError(
+                f"patch {number} changes {others[1] or 'rows alone'} at layer {layer}, the first "
+                f"{others[0] or 'rows alone'}; "
+                'only patches of one train mode ("rows" or "rows+scale") go together'
+            )
+        if frozen[0] != frozen[1]:
+            raise PatchError(
+                f"patch {number} was trained beside other queries, keys, gate, out or scale at layer {layer} than the "
+                "first (another healing?)"
+            )
 
 
-def _changes(memory: ProductKeyMemory, start: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict, dict]:
-    """Ids, old and new rows, and old and new other parameters, of what differs from the journal or the start."""
-    values = memory.values.detach()
-    journal = memory.journal
-    if journal is None or journal.table is not None:
-        old = start["values"] if journal is None or journal.table is None else journal.table.cpu()
-        ids = torch.arange(len(values))
-    else:
-        old, ids = journal.rows.get("old").cpu(), journal.rows.ids.cpu()
-    new = values[ids.to(values.device)].cpu()
-    changed = ~_same_rows(new, old)
-    before = start if journal is None else {kind: tensor.cpu() for kind, tensor in journal.others.items()}
-    others = {kind: tensor.detach().cpu().clone() for kind, tensor in memory.others().items()}
-    others = {kind: tensor for kind, tensor in others.items() if not _same(tensor, before[kind])}
-    return ids[changed], old[changed], new[changed], {kind: before[kind] for kind in others}, others
+def from_tables(
+    config: SparseMemoryConfig,
+    found: str | None,
+    shapes: Mapping[int, MemoryShape],
+    before: Tables,
+    after: Tables,
+    ids: Mapping[int, Tensor] = {},
+) -> Patch:
+    """The patch of what differs between two states of the memories.
+
+    Args:
+        config: that attached the memories.
+        found: hash of the base's weights.
+        shapes: of the memories.
+        before, after: their parameters, by layer and kind.
+        ids: by layer, of which rows `before` has the values; none: of the whole table.
+    """
+    shape = next(iter(shapes.values()))
+    about: dict[str, Any] = {
+        "base": config.base_model_name_or_path,
+        "base_hash": found,
+        "config": {option: getattr(config, option) for option in SparseMemoryConfig.__annotations__},
+        "width": shape.d,
+        "dtype": str(shape.dtype),
+        "layers": {},
+        "metadata": {},
+    }
+    patch = Patch({}, {}, {}, {}, {}, about)
+    for layer, table in after.items():
+        rows, values = ids.get(layer), table["values"].detach()
+        rows = torch.arange(len(values)) if rows is None else rows
+        old, new = before[layer]["values"], values[rows.to(values.device)].cpu()
+        changed = ~same_rows(new, old)
+        patch.rows[layer], patch.old[layer], patch.new[layer] = rows[changed], old[changed], new[changed]
+        others = {k: t.detach().cpu().clone() for k, t in table.items() if k not in ("values", "anchor")}
+        moved = {kind: tensor for kind, tensor in others.items() if not same(tensor, before[layer][kind])}
+        patch.new_others[layer], patch.old_others[layer] = moved, {kind: before[layer][kind] for kind in moved}
+        frozen = tensors_hash({kind: tensor for kind, tensor in others.items() if kind not in moved})
+        about["layers"][str(layer)] = {"frozen": frozen, "others": sorted(moved)}
+    return patch
 
 
-def _layout(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
+# -- what a model must be ---------------------------------------------------------------------------------------------
+
+
+def layout(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
+    """Dtype and shape."""
     return tensor.dtype, tensor.shape
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     """Equal to the last bit."""
-    return _layout(a) == _layout(b) and tensor_bytes(a) == tensor_bytes(b)
+    return layout(a) == layout(b) and tensor_bytes(a) == tensor_bytes(b)
 
 
-def _same_rows(a_RD: Tensor, b_RD: Tensor) -> Tensor:
-    """Which rows `[R]` are equal to the last bit."""
-    if a_RD.dtype != b_RD.dtype or a_RD.shape != b_RD.shape:
-        return torch.zeros(len(a_RD), dtype=torch.bool)
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a_RD.element_size()]
-    return (a_RD.contiguous().view(whole) == b_RD.contiguous().view(whole)).all(-1)
+def tables_of(memories: Mapping[int, ProductKeyMemory]) -> Tables:
+    """The parameters of memories: those that the model uses, not copies."""
+    return {layer: {kind: memory.tensor(kind) for kind in memory.kinds} for layer, memory in memories.items()}
 
 
-def _adapter_config(model: nn.Module, adapter: str) -> SparseMemoryConfig:
-    for module in model.modules():
-        configs = getattr(module, "peft_config", None)
-        if isinstance(configs, dict) and isinstance(configs.get(adapter), SparseMemoryConfig):
-            return configs[adapter]
-    raise PatchError(f"no SparseMemoryConfig of adapter {adapter!r} in this model")
-
-
-def _config(header: dict[str, Any]) -> SparseMemoryConfig:
-    return SparseMemoryConfig(**header["config"], base_model_name_or_path=header["base"])
-
-
-def _fitting_memories(
-    model: nn.Module, adapter: str | None, header: dict[str, Any], verb: str
-) -> dict[int, ProductKeyMemory]:
+def _fitting_tables(model: nn.Module, adapter: str | None, patch: Patch, verb: str) -> Tables:
     """The model's memories, after checking that base, shapes and frozen parameters are those of the patch."""
     try:
         memories = memory_layers(model, adapter)
     except ConfigError as error:
         raise PatchError(f"cannot {verb}: {error}") from error
-    wanted = sorted(int(layer) for layer in header["layers"])
+    wanted = sorted(patch.rows)
     if list(memories) != wanted:
         raise PatchError(
             f"cannot {verb}: the patch is for memory at layers {wanted}, the model has some at {list(memories)}; "
             "attach it with get_peft_model(base, patch.config)"
         )
-    _check_base(model, header, verb)
-    config = _config(header)
+    patch.check_hash(base_hash(model), verb)
     for layer, memory in memories.items():
-        shape = config.shape(layer, header["width"], DTYPES[header["dtype"]])
-        if memory.shape != shape:
-            raise PatchError(f"cannot {verb}: the memory at layer {layer} is {memory.shape}, the patch is for {shape}")
-        about = header["layers"][str(layer)]
-        frozen = {kind: tensor for kind, tensor in memory.others().items() if kind not in about["others"]}
-        if tensors_hash(frozen) != about["frozen"]:
+        if memory.shape != patch.shape(layer):
+            raise PatchError(
+                f"cannot {verb}: the memory at layer {layer} is {memory.shape}, the patch is for {patch.shape(layer)}"
+            )
+    tables = tables_of(memories)
+    check_frozen(patch, tables, verb)
+    return tables
+
+
+def check_frozen(patch: Patch, tables: Tables, verb: str) -> None:
+    """Refuse memories whose parameters that the patch does not change are others than those it was trained with."""
+    for layer in patch.rows:
+        about = patch.metadata["layers"][str(layer)]
+        kept = {kind: t for kind, t in tables[layer].items() if kind not in ("values", "anchor", *about["others"])}
+        if tensors_hash(kept) != about["frozen"]:
             raise PatchError(
                 f"cannot {verb}: query, keys, gate, out or scale of layer {layer} differ from those the patch was "
                 "trained with (another healing?); load the adapter that it was trained on first"
             )
-    return memories
-
-
-def _check_base(model: nn.Module, header: dict[str, Any], verb: str) -> None:
-    found = base_hash(model)
-    if header["base_hash"] != found:
-        raise PatchError(
-            f"cannot {verb}: the patch belongs to another base, {header['base']!r} with weights hash "
-            f"{str(header['base_hash'])[:12]}; this model's weights have {str(found)[:12]}"
-        )

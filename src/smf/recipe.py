@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from . import world
-from .adapter import SparseMemoryConfig
+from .config import SparseMemoryConfig
 from .fingerprint import json_hash, source_hash
 
 

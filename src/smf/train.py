@@ -27,7 +27,7 @@ from .evaluate import score
 from .files import write_atomically, write_json
 from .jobs import LOCK
 from .loop import COMPLETE, ScoreOnTheWay, fit, is_main, steps_of
-from .patch import load_patch
+from .patch_file import load_patch
 from .prepare import load, load_scored
 from .recipe import Recipe
 from .recipe_file import to_toml

@@ -1,0 +1,173 @@
+"""Saved adapters as files: patches taken from them, applied to them and reverted, without loading the base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from .config import SparseMemoryConfig
+from .errors import PatchError, SmfError
+from .files import write_atomically
+from .fingerprint import MEMORY_PREFIX
+from .memory import MemoryShape
+from .patch import Patch, Tables, check_frozen, from_tables
+from .patch_file import load_patch
+from .table_rows import with_whole_tables
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
+PREFIX = "base_model.model."  # PEFT's, before the names of modules
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A saved adapter.
+
+    Args:
+        config: of its memory.
+        tensors: by name; the tables are whole.
+        tables: views of the tensors, by layer and kind.
+    """
+
+    config: SparseMemoryConfig
+    tensors: dict[str, Tensor]
+    tables: Tables
+
+    @property
+    def shapes(self) -> dict[int, MemoryShape]:
+        """Sizes and start of each memory."""
+        return {layer: _shape(self.config, layer, table["query_weight"]) for layer, table in self.tables.items()}
+
+
+def open_patch(path: str | Path) -> Patch:
+    """The patch in a file, a run's folder, or a folder with a saved adapter, such as Trainer's checkpoints.
+
+    What a saved adapter changed is relative to the reproducible start of its memory.
+    """
+    path = Path(path)
+    if (path / "patch.smf").is_file():
+        return load_patch(path / "patch.smf")
+    if (path / CONFIG).is_file():
+        return patch_of_adapter(path)
+    if path.is_dir():
+        raise PatchError(
+            f"{path} has neither a patch.smf nor an {CONFIG}; give a patch, a run's folder or an adapter's"
+        )
+    return load_patch(path)
+
+
+def load(base: Any, patch: str | Path | Patch, **options: Any) -> Any:
+    """The model of a base and a patch: loaded, the memory attached, the rows put in, in evaluation mode.
+
+    Args:
+        base: a loaded base, or what `AutoModelForCausalLM.from_pretrained` takes.
+        patch: a file, or whatever else `open_patch` takes.
+        options: of `from_pretrained`.
+
+    Raises:
+        PatchError: for a base that the patch does not belong to, or a patch that was trained on more than config and
+            seed give (load the adapter that it was trained on, and `patch.apply` it).
+    """
+    patch = patch if isinstance(patch, Patch) else open_patch(patch)
+    model = base if isinstance(base, nn.Module) else AutoModelForCausalLM.from_pretrained(base, **options)
+    patch.check_base(model)
+    model: Any = get_peft_model(model, patch.config)  # type: ignore[arg-type]
+    patch.apply(model)
+    return model.eval()
+
+
+def patch_of_adapter(folder: str | Path) -> Patch:
+    """What differs in a saved adapter from the reproducible start of its memory."""
+    found = read_adapter(folder)
+    before = {layer: shape.start() for layer, shape in found.shapes.items()}
+    return from_tables(found.config, found.config.base_hash, found.shapes, before, found.tables)
+
+
+def read_adapter(folder: str | Path) -> AdapterFile:
+    """Read a saved adapter of sparse memory, of PEFT or of a checkpoint of Trainer."""
+    folder = Path(folder)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        tensors = load_file(folder / TENSORS)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError, SmfError) as error:
+        raise PatchError(f"{folder} has no adapter that can be read: {error}") from error
+    if not isinstance(config, SparseMemoryConfig) or not config.target_modules or not config.layers:
+        raise PatchError(f"the adapter in {folder} is no sparse memory, but {config.peft_type}")
+    modules = dict(zip(config.layers, config.target_modules, strict=True))
+    try:
+        names = {layer: _full_name(tensors, name) for layer, name in modules.items()}
+        queries = {name: tensors[f"{name}.{MEMORY_PREFIX}query_weight"] for name in names.values()}
+    except KeyError as error:
+        raise PatchError(f"{folder / TENSORS} has no {error}, which its {CONFIG} promises") from error
+    shapes = {name: _shape(config, layer, queries[name]) for layer, name in names.items()}
+    tensors = with_whole_tables(tensors, shapes)
+    tables = {layer: _kinds(tensors, f"{name}.{MEMORY_PREFIX}") for layer, name in names.items()}
+    for layer, name in names.items():
+        _check_shapes(tables[layer], shapes[name], folder)
+    return AdapterFile(config, tensors, tables)
+
+
+def write_adapter(adapter: AdapterFile, folder: Path) -> None:
+    """Write an adapter where PEFT's loaders find it; the tensors first, the config last."""
+    tensors = {name: tensor.contiguous() for name, tensor in sorted(adapter.tensors.items())}
+    write_atomically(folder / TENSORS, save(tensors, metadata={"format": "pt"}))
+    config = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in adapter.config.to_dict().items()
+    }
+    write_atomically(folder / CONFIG, json.dumps(config | {"inference_mode": True}, indent=2, sort_keys=True))
+
+
+def fresh_adapter(patch: Patch) -> AdapterFile:
+    """The adapter at its reproducible start that a patch belongs to."""
+    config, tensors = patch.config, {}
+    assert config.target_modules is not None  # a patch's config is that of an attached memory
+    for layer, name in zip(patch.rows, config.target_modules, strict=True):
+        start = patch.shape(layer).start()
+        tensors |= {f"{PREFIX}{name}.{MEMORY_PREFIX}{kind}": tensor for kind, tensor in start.items()}
+    names = dict(zip(patch.rows, config.target_modules, strict=True))
+    tables = {layer: _kinds(tensors, f"{PREFIX}{name}.{MEMORY_PREFIX}") for layer, name in names.items()}
+    return AdapterFile(config, tensors, tables)
+
+
+def put_into_adapter(patch: Patch, adapter: AdapterFile, verb: str) -> None:
+    """Apply or revert a patch on a saved adapter's tensors, in place; refuses like `Patch.apply` and `Patch.revert`."""
+    patch.check_hash(adapter.config.base_hash, verb)
+    mine, theirs = adapter.shapes, {layer: patch.shape(layer) for layer in patch.rows}
+    if mine != theirs:
+        raise PatchError(
+            f"cannot {verb}: the adapter's memory is {list(mine.values())}, the patch is for {list(theirs.values())}"
+        )
+    check_frozen(patch, adapter.tables, verb)
+    patch.put_into(adapter.tables, verb)
+
+
+def _full_name(tensors: dict[str, Tensor], module: str) -> str:
+    return next(
+        (name for name in (f"{PREFIX}{module}", module) if f"{name}.{MEMORY_PREFIX}query_weight" in tensors), module
+    )
+
+
+def _kinds(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _shape(config: SparseMemoryConfig, layer: int, query_weight: Tensor) -> MemoryShape:
+    return config.shape(layer, query_weight.shape[-1], query_weight.dtype)
+
+
+def _check_shapes(table: dict[str, Tensor], shape: MemoryShape, folder: Path) -> None:
+    expected = {kind: (tensor.dtype, tensor.shape) for kind, tensor in shape.start().items()}
+    found = {kind: (tensor.dtype, tensor.shape) for kind, tensor in table.items()}
+    if found != expected:
+        wrong = sorted(kind for kind in {*found, *expected} if found.get(kind) != expected.get(kind))
+        raise PatchError(
+            f"{folder}: {wrong} of layer {shape.layer} are {[found.get(kind) for kind in wrong]}; its config promises "
+            f"{[expected.get(kind) for kind in wrong]}"
+        )
