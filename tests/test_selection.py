@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import smf
-from conftest import batch, tiny_base, tiny_config, tiny_model
+from conftest import batch, tiny_base, tiny_config, tiny_model, train
 from dense import LENGTHS, dense_twin, double_model, padded, with_labels
 from smf import selection
 from smf.adapter import SparseMemoryLayer
 from smf.memory import seeded
+from smf.patch_file import patch_of
 from smf.selection import Reads, select_rows
 
 READS_A_TOKEN = 2 * 4  # heads x knn of tiny_config
@@ -531,3 +532,31 @@ def test_reports_are_short_enough_to_print():
     optimizer.step()
     assert repr(optimizer.last_step).startswith("StepReport(step=1, rows={1: 8, 2: 8}")
     assert len(repr(background)) < 200
+
+
+def test_rows_of_an_earlier_training_are_spared_by_the_next():
+    model = tiny_model()
+    texts = [batch(4, 12, seed) for seed in range(3)]
+    background = smf.read_background(model, texts)
+    train(model, steps=3, rows_per_step=8, lr=0.1)
+    written = patch_of(model).rows
+    spared = background.protecting(written)
+    for layer, ids in written.items():
+        b, df = spared.at(layer, ids)
+        assert set(b.tolist()) == {float(background.layers[layer].b.max())} and set(df.tolist()) == {12.0}
+        others = torch.tensor([i for i in range(256) if i not in set(ids.tolist())])
+        assert all(
+            torch.equal(x, y) for x, y in zip(spared.at(layer, others), background.at(layer, others), strict=True)
+        )
+    assert spared.corpus != background.corpus and spared.identity == background.identity
+
+    def overlap(rule: str, known: smf.Background) -> int:
+        again = tiny_model()
+        train(again, steps=3, rows_per_step=8, lr=0.1, rule=rule, background=known)
+        rows = patch_of(again).rows
+        return sum(int(torch.isin(rows[layer], written[layer]).sum()) for layer in rows)
+
+    for rule in ("kl", "tfidf"):
+        assert overlap(rule, spared) < overlap(rule, background), rule
+    with pytest.raises(smf.BackgroundError, match=r"rows of layers \[7\] cannot be protected"):
+        background.protecting({7: torch.tensor([1])})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterable, Mapping, Sized
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,28 @@ class Background:
         counts = self.layers[layer]
         order = torch.sort(counts.b, descending=True, stable=True).indices
         return counts.ids[order[: max(1, n_rows // 100)]].sort().values
+
+    def protecting(self, rows: Mapping[int, Tensor]) -> Background:
+        """A background that also reads some rows: each document does, as often in all as the most-read row is read.
+
+        Args:
+            rows: ids by layer, such as `patch.rows` of an earlier training that the next one is to spare.
+        """
+        strange = sorted(set(rows) - set(self.layers))
+        if strange:
+            raise BackgroundError(
+                f"rows of layers {strange} cannot be protected; the background is of {list(self.layers)}"
+            )
+        layers = dict(self.layers)
+        for layer, ids in rows.items():
+            counts = self.layers[layer]
+            both = torch.unique(torch.cat([counts.ids, ids.cpu()]))
+            b, df = (column.long() for column in self.at(layer, both))
+            spared = torch.isin(both, ids.cpu())
+            most = int(counts.b.max()) if len(counts.b) else 1
+            layers[layer] = LayerCounts(both, torch.where(spared, most, b), torch.where(spared, self.n_docs, df))
+        written = tensors_hash({str(layer): ids for layer, ids in rows.items()})
+        return replace(self, layers=layers, corpus=json_hash([self.corpus, written]))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""

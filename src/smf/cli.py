@@ -341,6 +341,15 @@ def push(
     print(push_to_hub(run, repo, private=not public))
 
 
+def patch(command: Positional[str] = "--help", /) -> None:
+    """Patches: inspect, apply, revert, merge, diff; `smf patch --help` says more.
+
+    Args:
+        command: one of these.
+    """
+    raise ConfigError(f"smf patch {command}: unknown; see smf patch --help")
+
+
 def main() -> None:
     """Entry point: errors of ours are one message and exit code 2, without a traceback."""
     from .compare import quiet_known_warnings
@@ -358,8 +367,13 @@ def main() -> None:
         "train": train,
         "eval": evaluate,
         "push": push,
+        "patch": patch,
     }
     try:
+        if sys.argv[1:2] == ["patch"]:  # a command with commands of its own
+            from .patch_cli import main as patches
+
+            return patches(sys.argv[2:])
         tyro.extras.subcommand_cli_from_dict(commands, prog="smf", description=__doc__)
     except SmfError as error:
         print(f"smf: error: {error}", file=sys.stderr)

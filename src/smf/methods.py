@@ -195,6 +195,8 @@ def smf(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
     def save(folder: Path) -> dict[str, Any]:
         model.save_pretrained(folder / "adapter")
         patch = save_patch(model, folder / "patch.smf", method=asdict(method), seed=recipe.seed)
+        if background is not None:
+            background.save(folder / "background.safetensors")  # with which `smf patch inspect` knows hubs
         return counts(patch)
 
     return Prepared(model, optimizer, 0.0, model.get_nb_trainable_parameters()[0], save)

@@ -1,0 +1,189 @@
+"""Patches: see what a training changed, put it in, take it out, merge and compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from .errors import PatchError
+
+if TYPE_CHECKING:
+    from .patch import Patch
+
+Source = Annotated[Positional[Path], tyro.conf.arg(help="a patch file, a run's folder, or a saved adapter's")]
+Sources = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="patch files, runs' folders, saved adapters")]
+
+
+def inspect(
+    patch: Source,
+    /,
+    beside: tuple[Path, ...] = (),
+    background: Path | None = None,
+    format: Literal["table", "json"] = "table",
+) -> None:
+    """Show what a patch belongs to and what it changes: rows by layer, hubs, overlap, room left, size.
+
+    Args:
+        beside: other patches of the same memory, to count shared rows and the room that is left.
+        background: file of `Background.save`; none: that of the run's folder, where there is one.
+    """
+    from .adapter_file import open_patch
+    from .background import Background
+    from .row_report import belongs, row_report
+
+    found = open_patch(patch)
+    own = patch / "background.safetensors"
+    file = background or (own if own.is_file() else None)
+    read = None if file is None else Background.load(file)
+    report = belongs(found, _size(patch, found), row_report(found, [open_patch(p) for p in beside], read))
+    if format == "json":
+        print(json.dumps(asdict(report), indent=2))
+        return
+    _print_report(report, [path.name for path in beside])
+
+
+def _size(path: Path, patch: Patch) -> int:
+    """Bytes of the patch's file; of a saved adapter's patch, of the rows."""
+    file = path / "patch.smf" if path.is_dir() else path
+    return (
+        file.stat().st_size if file.is_file() else sum(new.numel() * new.element_size() for new in patch.new.values())
+    )
+
+
+def _print_report(report: Any, beside: Sequence[str]) -> None:
+    from .table import print_plain
+
+    print_plain("The patch", ["", ""], [list(item) for item in report.about.items()])
+    header = ["layer", "rows changed", "of", "mean change", "largest", "hubs", "read by general text"]
+    header += [f"shared with {name}" for name in beside] + ["room left", "never read"]
+    rows = []
+    for each in report.layers:
+        known = ["-" if value is None else f"{value:,}" for value in (each.hubs, each.read, each.quiet_room)]
+        sizes = [f"{each.mean_size:.3g}", f"{each.largest_size:.3g}"]
+        shared = [f"{count:,}" for count in each.shared]
+        row = [str(each.layer), f"{each.changed:,}", f"{each.n_rows:,}", *sizes, *known[:2], *shared]
+        rows.append([*row, f"{each.room:,}", known[2]])
+    print_plain("Its rows", header, rows)
+    if report.metadata:
+        print_plain("What trained it", ["", ""], [[key, json.dumps(value)] for key, value in report.metadata.items()])
+
+
+def apply(patch: Source, /, output: Path, to: Path | None = None) -> None:
+    """Write the adapter that a patch makes, where PEFT and transformers find it; the base is not loaded.
+
+    Args:
+        output: folder of the adapter.
+        to: a saved adapter to apply it to; none: the reproducible start that the patch was trained from.
+    """
+    from .adapter_file import fresh_adapter, open_patch, put_into_adapter, read_adapter, write_adapter
+
+    found = open_patch(patch)
+    adapter = fresh_adapter(found) if to is None else read_adapter(to)
+    put_into_adapter(found, adapter, "apply")
+    write_adapter(adapter, output)
+    print(f"applied {_rows(found)}: {output}")
+
+
+def revert(patch: Source, /, adapter: Annotated[Path, tyro.conf.arg(name="from")], output: Path) -> None:
+    """Take a patch out of a saved adapter, bit for bit.
+
+    Args:
+        adapter: folder of the adapter.
+        output: folder of the adapter without the patch; may be the same.
+    """
+    from .adapter_file import open_patch, put_into_adapter, read_adapter, write_adapter
+
+    found, present = open_patch(patch), read_adapter(adapter)
+    put_into_adapter(found, present, "revert")
+    write_adapter(present, output)
+    print(f"reverted {_rows(found)}: {output}")
+
+
+def merge(
+    patches: Sources,
+    /,
+    output: Path,
+    policy: Literal["refuse", "sum", "weighted", "last"] = "refuse",
+    weights: tuple[float, ...] = (),
+) -> None:
+    """Write one patch that does what several do; rows that several changed apart from each other are listed.
+
+    Args:
+        output: file of the merged patch.
+        policy: for rows that several changed from one value: refuse; the sum of the changes; the mean of the values by
+            weight; the last patch's value.
+        weights: one for each patch; none: equal.
+    """
+    from .adapter_file import open_patch
+    from .patch_file import save_patch
+
+    found = _at_least_two(patches, open_patch)
+    if policy == "refuse":
+        _print_shared(found, patches)
+    merged = found[0].merge(*found[1:], policy=policy, weights=list(weights) or None)
+    if policy != "refuse":
+        _print_shared(found, patches)
+    save_patch(merged, output)
+    print(f"merged {len(found)} patches, {_rows(merged)}: {output}")
+
+
+def diff(one: Source, other: Source, /) -> None:
+    """Show how two patches of one memory differ in what they leave."""
+    from .adapter_file import open_patch
+    from .table import print_plain
+
+    found = open_patch(one).diff(open_patch(other))
+    header = ["layer", f"only {one.name}", f"only {other.name}", "both, equal", "both, apart", "mean distance"]
+    rows = []
+    for layer, each in found.items():
+        counts = [len(ids) for ids in (each.only_first, each.only_second, each.equal, each.apart)]
+        distance = f"{float(each.distances.mean()):.3g}" if len(each.apart) else "-"
+        rows.append([str(layer), *(f"{count:,}" for count in counts), distance])
+    print_plain("Rows", header, rows)
+
+
+def _at_least_two(paths: Sequence[Path], read: Callable[[Path], Patch]) -> list[Patch]:
+    if len(paths) < 2:
+        raise PatchError(f"give at least two patches to merge; got {[str(path) for path in paths]}")
+    return [read(path) for path in paths]
+
+
+def _rows(patch: Patch) -> str:
+    return f"{sum(map(len, patch.rows.values())):,} rows"
+
+
+def _print_shared(patches: Sequence[Patch], paths: Sequence[Path]) -> None:
+    """The rows that two of the patches both changed, with the lengths of their changes."""
+    from .table import print_plain
+
+    header = ["patches", "layer", "rows of both", "mean change of the first", "of the second", "mean cosine"]
+    rows = []
+    for second in range(1, len(patches)):
+        for first in range(second):
+            for layer, found in patches[first].overlap(patches[second]).items():
+                if len(found.ids_R):
+                    sizes = [f"{float(size):.3g}" for size in found.sizes_2R.mean(1)]
+                    which = f"{paths[first].name}, {paths[second].name}"
+                    rows.append(
+                        [which, str(layer), f"{len(found.ids_R):,}", *sizes, f"{float(found.cosine_R.mean()):.2f}"]
+                    )
+    if rows:
+        print_plain("Rows that two patches change", header, rows)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`smf patch ...`."""
+    commands: dict[str, Callable[..., Any]] = {
+        "inspect": inspect,
+        "apply": apply,
+        "revert": revert,
+        "merge": merge,
+        "diff": diff,
+    }
+    tyro.extras.subcommand_cli_from_dict(commands, prog="smf patch", description=__doc__, args=list(arguments))
