@@ -165,3 +165,8 @@ class Collator:
 def pad_id(tokenizer: Any) -> int:
     """The padding token's id; any id where there is none, since pads are masked."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def prefix_id(tokenizer: Any) -> int:
+    """The token that a text without a prompt is read after; any id where nothing begins or ends a sequence."""
+    return next((id for id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if id is not None), 0)

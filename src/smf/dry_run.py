@@ -54,7 +54,7 @@ def dry_run(recipe: Recipe) -> Plan:
         tokenizer, model = _try(plan, lambda: load_tokenizer(recipe)), _try(plan, lambda: _skeleton(recipe))
     else:
         plan.unchecked.append(f"the base {recipe.base} is on the hub and not in its cache: its layers, sizes, tokens")
-    plan.base = _about_base(recipe, model)
+    plan.base = _about_base(recipe, model, tokenizer)
     examples = _look_at_data(plan, recipe, tokenizer)
     for name, method in recipe.methods.items():
         trained = None if model is None else _try(plan, lambda method=method: _trained(recipe, method, model))
@@ -78,12 +78,15 @@ def _skeleton(recipe: Recipe) -> Any:
         return AutoModelForCausalLM.from_config(base_config(recipe))
 
 
-def _about_base(recipe: Recipe, model: Any) -> dict[str, str]:
+def _about_base(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, str]:
     about = {"base": recipe.base, "revision": recipe.revision, "loaded as": recipe.dtype}
     if model is None:
         return about
     size = sum(p.numel() for p in model.parameters())
-    return about | {"architecture": type(model).__name__, "parameters": f"{size:,}"}
+    about |= {"architecture": type(model).__name__, "parameters": f"{size:,}"}
+    if tokenizer is None:
+        return about
+    return about | {"answers end with": tokenizer.eos_token or "nothing: the tokenizer has no end-of-sequence token"}
 
 
 # -- what is read -----------------------------------------------------------------------------------------------------

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from .data import prefix_id
 from .errors import ConfigError, DataError
 from .memory import evaluation_mode
 from .tasks.harness_task import HarnessTask
@@ -158,14 +161,20 @@ def task_records(
 
 def load_task(name: str, folder: str) -> Any:
     """One of the harness's tasks, with its documents; raises ConfigError for a name that it does not know."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=folder or None)
+    manager = _manager(folder)
     if name not in manager.all_tasks:
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
         raise ConfigError(f"lm-evaluation-harness has no task {name!r}{f'; near: {near}' if near else ''}")
     with _quiet("lm_eval"):
         return manager.load([name])
+
+
+@functools.cache
+def _manager(folder: str) -> Any:
+    """Looking through the harness's thousands of task files takes seconds; a run scores several times."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder or None)
 
 
 def _run(loaded: Any, model: Any, tokenizer: Any, batch_size: int, max_length: int, limit: int = 0) -> Any:
@@ -178,13 +187,32 @@ def _run(loaded: Any, model: Any, tokenizer: Any, batch_size: int, max_length: i
     with _quiet("lm_eval"):
         lm = SharedPromptLM(
             pretrained=model,
-            tokenizer=tokenizer,
+            tokenizer=_completed(tokenizer, model),
             batch_size=batch_size,
             max_length=min(max_length, longest),
+            prefix_token_id=prefix_id(tokenizer),
             add_bos_token=bool(tokenizer("")["input_ids"]),  # as in training
         )
         # not simple_evaluate: it also collects the environment, seconds a call, and seeds every generator
         return lm_eval.evaluate(lm, loaded, log_samples=True, bootstrap_iters=0, limit=limit or None)
+
+
+def _completed(tokenizer: Any, model: Any) -> Any:
+    """The tokenizer with what the harness needs of one: a pad token, and the token that the model's generation ends at.
+
+    Left to itself, the harness would add a pad token to the caller's, one that the base may have no embedding of. Pads
+    are masked, so any token is one; where a sequence has ended, they follow its end and are cut off with it.
+    """
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    end = ends[0] if isinstance(ends, list) else ends
+    end = end if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if tokenizer.pad_token_id is not None and end == tokenizer.eos_token_id:
+        return tokenizer
+    completed = copy.deepcopy(tokenizer)
+    completed.eos_token_id = end
+    if completed.pad_token_id is None:
+        completed.pad_token_id = 0 if end is None else end
+    return completed
 
 
 @contextlib.contextmanager

@@ -27,6 +27,17 @@ class SharedPromptLM(Base):
     prompt with no other continuation, or is too long for the model, HFLM itself scores.
     """
 
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+        """The text of tokens; None of none, as HFLM asks for the text to stop at where nothing ends a sequence."""
+        return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        """Ends at the tokenizer's end token, too: not every model's generation config says it, and no text shows it."""
+        config = self.model.generation_config
+        known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = sorted({*known, self.tokenizer.eos_token_id} - {None})
+        return super()._model_generate(context, max_length, stop, **({"eos_token_id": ends} if ends else {}) | options)
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data import Example
+from ..data import Example, prefix_id
 from ..errors import DataError
 
 KIND = "text"
@@ -74,9 +74,8 @@ def _page(number: int, page: str, tokenizer: Any, max_length: int) -> list[Examp
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    prefix = next((id for id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if id is not None), 0)
     ids = tokenizer(wikitext_detokenizer({"page": page}))["input_ids"]
-    windows = map(make_disjoint_window, get_rolling_token_windows(ids, prefix, max_length - 1, 1))
+    windows = map(make_disjoint_window, get_rolling_token_windows(ids, prefix_id(tokenizer), max_length - 1, 1))
     words = len(re.split(r"\s+", page))
     return [
         Example(f"page {number}.{i}", context + scored, len(context), words=0 if i else words)
