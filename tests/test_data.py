@@ -1,20 +1,23 @@
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import tiny_base
-from smf.data import Collator, Example, encode, in_order, keep_answered
+from smf.data import Collator, Example, encode, in_order, keep_answered, numbered
 from smf.errors import DataError
 from smf.evaluate import example_losses, nats_per_token
 from smf.fingerprint import part_of
 from smf.loop import mean_token_loss
+from smf.prepare import load
 from smf.recipe import Source
-from smf.sources import load_rows
+from smf.recipe_file import load_recipe
+from smf.sources import load_rows, load_texts
 from smf.tasks import medmcqa, perplexity
-from tiny import make_base, make_tokenizer, question, write_lines
+from tiny import make_base, make_tokenizer, make_world, question, write_lines
 
 PARTS = {"background": 0.4, "healing": 0.3, "probe": 0.3}
 
@@ -75,8 +78,6 @@ def test_missing_file_column_and_broken_json_are_named(tmp_path: Path):
 
 @pytest.mark.parametrize(("column", "value"), [("cop", 4), ("cop", None), ("opb", " "), ("question", None)])
 def test_bad_questions_are_named_by_row(column: str, value: object):
-    import random
-
     rows = [question(i, random.Random(i)) for i in range(3)]
     rows[1][column] = value
     with pytest.raises(DataError, match=f"file, row 2: .*{column}"):
@@ -90,11 +91,13 @@ def test_response_begins_after_the_prompt_and_ends_with_eos():
     assert tokenizer.decode(example.ids[: example.start]) == "Question : word1 word2 Answer :"
 
 
-def test_cut_answers_are_refused_or_dropped():
+def test_cut_answers_are_refused_or_dropped_and_counted(capsys: pytest.CaptureFixture[str]):
     examples = [Example("a", [1] * 5, 3), Example("b", [1] * 5, 5)]
     with pytest.raises(DataError, match=r"file: the answer of row b .*prompt has 5 tokens, max_length is 5"):
         keep_answered(examples, "file", "error", 5)
     assert [e.id for e in keep_answered(examples, "file", "drop", 5)] == ["a"]
+    assert "file: 1 of 2 examples are left out, whose answer is cut away at max_length = 5" in capsys.readouterr().err
+    assert keep_answered(examples[:1], "file", "drop", 5) and not capsys.readouterr().err
     with pytest.raises(DataError, match="no example is left"):
         keep_answered(examples[1:], "file", "drop", 5)
 
@@ -155,5 +158,53 @@ def test_perplexity_windows_cover_every_token_of_every_text():
     rows = [{"text": " ".join(f"word{i % 100}" for i in range(25))}, {"text": "  "}, {"text": "word1 word2"}]
     windows = perplexity.examples(rows, "text", tokenizer, max_length=10)
     assert [len(w.ids) for w in windows] == [10, 10, 5, 2]
-    with pytest.raises(DataError, match="row 1"):
-        perplexity.examples([{"text": 3}], "text", tokenizer, max_length=10)
+
+
+def test_texts_that_are_none_are_named_by_file_row_and_column(tmp_path: Path):
+    texts = [{"text": t, "lang": "en" if i else "de"} for i, t in enumerate(["x", "word1", None, "word2"])]
+    write_lines(tmp_path / "a.jsonl", texts)
+    write_lines(tmp_path / "blank.jsonl", [{"text": " "}, {"text": "\n"}])
+    english = Source(path="a.jsonl", where={"lang": ["en"]})
+    with pytest.raises(DataError, match=r"a\.jsonl, row 3: column 'text' is None; expected a text"):
+        load_texts(english, str(tmp_path), {})  # the third of the file, of the chosen ones the second
+    with pytest.raises(DataError, match=r"blank\.jsonl: column 'text' of all 2 rows is blank"):
+        load_texts(Source(path="blank.jsonl"), str(tmp_path), {})
+
+
+def test_rows_know_their_number_in_the_file_whichever_are_chosen(tmp_path: Path):
+    rows = [question(i, random.Random(i)) | {"kind": "ab"[i % 2]} for i in range(8)]
+    rows[5]["opc"] = None
+    write_lines(tmp_path / "a.jsonl", rows)
+    chosen = load_rows(Source(path="a.jsonl", where={"kind": ["b"]}), str(tmp_path), {}, medmcqa.COLUMNS)
+    assert [number for number, _ in numbered(chosen)] == [2, 4, 6, 8] and chosen == rows[1::2]
+    with pytest.raises(DataError, match=r"a\.jsonl, row 6: column 'opc' is empty \(None\)"):
+        medmcqa.select(chosen, "a.jsonl")
+
+
+TABLES = ["background.source", "heal.source", "probes.stories.source"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"text": "word1 word2"}, {"text": None}], "bad.jsonl, row 2: column 'text' is None; expected a text"),
+        ([{"text": "word1 word2"}, {"text": 3}], "expected a text"),
+        ([{"text": ""}], "bad.jsonl: column 'text' of all 1 rows is blank"),
+        ([], "bad.jsonl"),
+    ],
+)
+def test_no_bad_text_reaches_training(table: str, rows: list, said: str, tmp_path: Path):
+    recipe = make_world(tmp_path)
+    write_lines(tmp_path / "data" / "bad.jsonl", rows)
+    with pytest.raises(DataError) as raised:
+        load(load_recipe(recipe, [f'{table}.path="bad.jsonl"', f'{table}.part=""']))
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("table", [t for t in TABLES if t != "background.source"])
+def test_texts_of_one_token_are_refused_where_a_next_one_is_scored(table: str, tmp_path: Path):
+    recipe = make_world(tmp_path)
+    write_lines(tmp_path / "data" / "short.jsonl", [{"text": "word1"}, {"text": "word2"}])
+    with pytest.raises(DataError, match=r"short\.jsonl: column 'text' has no text of two tokens or more"):
+        load(load_recipe(recipe, [f'{table}.path="short.jsonl"', f'{table}.part=""']))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fakes
 import smf
-from fakes import answers, choices, text
+from fakes import answers, choices, text, write
 from smf.card import model_card, push_to_hub
-from smf.compare import result_path
+from smf.compare import compare, result_path
 from smf.doubts import doubts
-from smf.errors import ConfigError
+from smf.errors import ConfigError, TrainingError
+from smf.jobs import Job
 from smf.recipe_file import load_recipe
 from smf.train import run_method
+from tiny import make_world
 
 # -- doubts about the base --------------------------------------------------------------------------------------------
 
@@ -52,6 +56,28 @@ def test_a_generated_probe_without_a_right_answer_is_by_chance():
     assert doubts({"set": score | {"metrics": {"exact_match": 0.01}}}) == []
     known = {"role": "target", "task": "responses", "metrics": {"loss": 0.01}, "records": []}
     assert "already knows the target 'set' (0.010 nats" in doubts({"set": known})[0]
+
+
+def test_what_the_bases_scores_say_is_warned_of_before_a_method_trains(tmp_path: Path, capsys, monkeypatch):
+    recipe = load_recipe(make_world(tmp_path), ['methods.other={kind="lora", lr=0.1}'])
+    scores = {"exam": choices("target", [1] * 20), "trivia": choices("probe", [0] * 20)}
+
+    def run_jobs(jobs: list[Job], at_once: int) -> None:
+        for job in jobs:
+            print(f"ran {job.title.split(',')[0]}", file=sys.stderr)
+            if job.title.startswith("base"):
+                write(job.log.parent, fakes.result("base", scores, kind="base"))
+
+    monkeypatch.setattr("smf.compare.run_jobs", run_jobs)
+    with pytest.raises(TrainingError, match="did not finish"):
+        compare(recipe, ["other"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("ran", "smf: warning"))]
+    assert [line.split(" (")[0] for line in said] == [
+        "ran base",
+        "smf: warning: the base already solves the target 'exam'",
+        "smf: warning: the base answers the probe 'trivia' by chance",
+        "ran other",
+    ]
 
 
 # -- sharing ----------------------------------------------------------------------------------------------------------

@@ -133,8 +133,9 @@ def test_subjects_are_found_whatever_they_are(subject):
 
 
 def test_questions_of_no_relation_are_refused():
-    with pytest.raises(DataError, match=r"file: question = 'Why\?' is none of PopQA's forms"):
-        facts.select([{"question": "Why?", "answer": "Because"}], "file")
+    rows = [{"question": asked, "answer": "Because"} for asked in ("What color is snow?", "Why?")]
+    with pytest.raises(DataError, match=r"file, row 2: question = 'Why\?' is none of PopQA's forms"):
+        facts.select(rows, "file")
 
 
 # -- MedMCQA ----------------------------------------------------------------------------------------------------------
@@ -167,6 +168,13 @@ def test_wrong_numbers_of_the_right_option_are_told_apart(numbers, said):
     rows = [question(i, random.Random(i)) | {"cop": number} for i, number in enumerate(numbers)]
     with pytest.raises(DataError, match=said):
         medmcqa.select(rows, "file")
+
+
+def test_questions_of_which_none_has_one_right_option_are_refused():
+    rows = [question(i, random.Random(i)) | {"choice_type": "multi"} for i in range(3)]
+    with pytest.raises(DataError, match=r"file: none of 3 rows has choice_type 'single'"):
+        medmcqa.select(rows, "file")
+    assert medmcqa.select([*rows, rows[0] | {"choice_type": "single"}], "file") == [rows[0] | {"choice_type": "single"}]
 
 
 # -- responses --------------------------------------------------------------------------------------------------------

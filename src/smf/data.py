@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,24 @@ class Example:
     start: int
     gaps: tuple[int, ...] = ()
     words: int = 0
+
+
+class Row(dict[str, Any]):
+    """A row of a file or data set, by column; it knows its `number` there, from 1, whichever rows are chosen."""
+
+    number: int
+
+    @classmethod
+    def at(cls, number: int, columns: Mapping[str, Any]) -> Row:
+        """The row of that number."""
+        row = cls(columns)
+        row.number = number
+        return row
+
+
+def numbered(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
+    """Each row with its number in its file, for messages; of rows that are of no file, with their place."""
+    return [(getattr(row, "number", place), row) for place, row in enumerate(rows, 1)]
 
 
 @dataclass(frozen=True)
@@ -92,7 +111,7 @@ def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int,
 
 
 def keep_answered(examples: Sequence[Example], where: str, too_long: str, max_length: int) -> list[Example]:
-    """The examples whose answer was not cut away.
+    """The examples whose answer was not cut away; how many are left out is said.
 
     Args:
         examples: of one file.
@@ -112,6 +131,12 @@ def keep_answered(examples: Sequence[Example], where: str, too_long: str, max_le
     kept = [example for example in examples if example.start < len(example.ids)]
     if not kept:
         raise DataError(f"{where}: no example is left: every answer is cut away at max_length = {max_length}")
+    if cut:
+        print(
+            f"smf: {where}: {len(cut):,} of {len(examples):,} examples are left out, whose answer is cut away at "
+            f"max_length = {max_length}",
+            file=sys.stderr,
+        )
     return kept
 
 

@@ -12,7 +12,7 @@ from .data import Example, Loaded, ScoredSet, encode, keep_answered
 from .errors import ConfigError, DataError
 from .harness import load_task
 from .recipe import VALIDATION, Asked, Recipe, Source, asked, sources
-from .sources import load_rows, place, resolved
+from .sources import load_rows, load_texts, place, resolved
 from .tasks import find_task, harness_task, lessons
 
 
@@ -117,13 +117,14 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
         load_task(known.name, recipe.lm_eval_tasks)  # raises where there is none, or where its documents are not
         return ScoredSet(role, name, [known])
     if task.KIND == "text":
-        rows = load_rows(source, recipe.data, recipe.parts, [source.column])
+        rows = load_texts(source, recipe.data, recipe.parts)
         longest = positions(recipe)
         if wanted.window > longest:
             raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
         room = wanted.window or min(getattr(task, "WINDOW", length), longest)
         pages = task.pages(rows, source.column, tokenizer, room) if hasattr(task, "pages") else []
-        return ScoredSet(role, name, task.examples(rows, source.column, tokenizer, room), source.cluster, pages)
+        made = _some(task.examples(rows, source.column, tokenizer, room), where, source)
+        return ScoredSet(role, name, made, source.cluster, pages)
     forms = getattr(task, "FORMS", ())
     if source.form and source.form not in forms:
         raise ConfigError(f"[{wanted.table}] form = {source.form!r}; task {name!r} has {list(forms) or 'none'}")
@@ -146,13 +147,21 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
 
 def load_text(recipe: Recipe, source: Source, tokenizer: Any) -> list[Example]:
     """Windows of plain text to train on."""
-    rows = load_rows(source, recipe.data, recipe.parts, [source.column])
-    return find_task("perplexity").examples(rows, source.column, tokenizer, recipe.train.max_length)
+    rows, length = load_texts(source, recipe.data, recipe.parts), recipe.train.max_length
+    made = find_task("perplexity").examples(rows, source.column, tokenizer, length)
+    return _some(made, place(source, recipe.data), source)
+
+
+def _some(examples: list[Example], where: str, source: Source) -> list[Example]:
+    """The examples of a text, of which there must be one."""
+    if not examples:
+        raise DataError(f"{where}: column {source.column!r} has no text of two tokens or more")
+    return examples
 
 
 def load_documents(recipe: Recipe, source: Source) -> list[str]:
     """Texts of a source that are not blank."""
-    rows = load_rows(source, recipe.data, recipe.parts, [source.column])
+    rows = load_texts(source, recipe.data, recipe.parts)
     return [row[source.column] for row in rows if row[source.column].strip()]
 
 

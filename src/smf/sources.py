@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from . import world
+from .data import Row, numbered
 from .errors import DataError
 from .fingerprint import part_of
 from .recipe import Source
 
-Row = Mapping[str, Any]
 READERS = {".parquet": "parquet", ".csv": "csv"}  # by suffix; everything else is read as JSON lines
 
 
@@ -39,7 +39,7 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
             near = difflib.get_close_matches(column, columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(f"{where} has no column {column!r}; its columns are {columns}{hint}")
-    chosen: list[Row] = [dict(row) for row in rows]
+    chosen = [Row.at(number, row) for number, row in enumerate(rows, 1)]
     everything = len(chosen)
     chosen = [row for row in chosen if all(row[column] in values for column, values in source.where.items())]
     if source.min_chars:
@@ -52,6 +52,23 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
     if not chosen:
         raise DataError(_nothing_left(source, where, everything, rows))
     return chosen
+
+
+def load_texts(source: Source, data: str, parts: Mapping[str, float]) -> list[Row]:
+    """Rows of a source whose column is read as plain text; blank texts are among them.
+
+    Raises:
+        DataError: naming file, column and row, also where all texts are blank.
+    """
+    rows, where = load_rows(source, data, parts, [source.column]), place(source, data)
+    for number, row in numbered(rows):
+        if not isinstance(row[source.column], str):
+            raise DataError(
+                f"{where}, row {number}: column {source.column!r} is {row[source.column]!r}; expected a text"
+            )
+    if not any(row[source.column].strip() for row in rows):
+        raise DataError(f"{where}: column {source.column!r} of all {len(rows):,} rows is blank")
+    return rows
 
 
 def _nothing_left(source: Source, where: str, everything: int, rows: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..data import numbered
 from ..errors import DataError
 
 KIND = "choice"
@@ -15,7 +16,7 @@ METRICS = ("acc", "answer_norm", "loss")
 
 def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
     """All rows; raises DataError for one without a prompt, two choices or a right one among them."""
-    for number, row in enumerate(rows, 1):
+    for number, row in numbered(rows):
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             raise DataError(f"{where}, row {number}: column 'prompt' is empty ({row['prompt']!r})")
         texts = row["choices"]

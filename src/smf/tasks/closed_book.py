@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..data import Row, numbered
 from ..errors import DataError
 from ..fingerprint import json_hash
 
@@ -29,7 +30,7 @@ def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, A
     Raises:
         DataError: naming file, row and column.
     """
-    selected = [_selected(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+    selected = [Row.at(number, _selected(row, f"{where}, row {number}")) for number, row in numbered(rows)]
     seen: set[str] = set()
     kept = []
     for row, own in zip(rows, selected, strict=True):

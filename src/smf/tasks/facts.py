@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..data import numbered
 from ..errors import DataError
 from . import closed_book
 from .closed_book import COLUMNS, KIND, METRICS, STOP, marks, response
@@ -114,10 +115,11 @@ PATTERNS = [re.compile(re.escape(relation.popqa).replace(re.escape("{}"), "(.+)"
 
 def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
     """The rows with their `relation` and `subject`; raises DataError for a question of none of PopQA's forms."""
-    for number, row in enumerate(rows, 1):
+    for number, row in numbered(rows):
         if "question" not in row:
             raise DataError(f"{where}, row {number}: there is no column 'question'; its columns are {list(row)}")
-    return [row | _recognised(row["prompt"], where) for row in map(dict, closed_book.select(rows, where))]
+    selected = numbered(closed_book.select(rows, where))
+    return [dict(row) | _recognised(row["prompt"], f"{where}, row {number}") for number, row in selected]
 
 
 def _recognised(prompt: str, where: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data import Example
+from ..data import Example, numbered
 from ..errors import DataError
 from . import responses
 
@@ -17,7 +17,7 @@ METRICS = ("loss", "perplexity")
 def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_length: int) -> list[Example]:
     """A question as a prompt, its solution as the response."""
     pairs = []
-    for number, row in enumerate(rows, 1):
+    for number, row in numbered(rows):
         for column in COLUMNS:
             if not isinstance(row[column], str) or not row[column].strip():
                 raise DataError(f"{where}, row {number}: column {column!r} is empty ({row[column]!r})")

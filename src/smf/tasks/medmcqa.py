@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..data import numbered
 from ..errors import DataError
 
 LETTERS = "ABCD"
@@ -17,26 +18,28 @@ METRICS = ("acc", "answer_norm", "letter", "loss")
 
 def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
     """Questions with a single answer; raises DataError for a row that is not a question with four options."""
-    for number, row in enumerate(rows, 1):
+    for number, row in numbered(rows):
         for column in ("id", "question", *OPTIONS):
             if not isinstance(row[column], str) or not row[column].strip():
                 raise DataError(f"{where}, row {number}: column {column!r} is empty ({row[column]!r})")
-    _check_right_options([row["cop"] for row in rows], where)
+    _check_right_options(rows, where)
     single = [row for row in rows if row["choice_type"] == "single"]
     if not single:
         raise DataError(f"{where}: none of {len(rows):,} rows has choice_type 'single'")
     return single
 
 
-def _check_right_options(numbers: Sequence[Any], where: str) -> None:
+def _check_right_options(rows: Sequence[Mapping[str, Any]], where: str) -> None:
     """Refuse numbers outside 0 to 3; some copies of the data count from 1."""
-    wrong = [place for place, number in enumerate(numbers) if type(number) is not int or number not in range(4)]
+    right = [(number, row["cop"]) for number, row in numbered(rows)]
+    wrong = [(number, cop) for number, cop in right if type(cop) is not int or cop not in range(4)]
     if not wrong:
         return
-    message = f"{where}, row {wrong[0] + 1}: cop = {numbers[wrong[0]]!r}; expected the right option's number, 0 to 3"
-    if {*numbers} <= {1, 2, 3, 4}:
+    number, cop = wrong[0]
+    message = f"{where}, row {number}: cop = {cop!r}; expected the right option's number, 0 to 3"
+    if all(type(cop) is int and cop in range(1, 5) for _, cop in right):
         message += ". The file counts from 1 (no row has 0, some have 4): subtract 1 from every cop"
-    elif numbers[wrong[0]] == -1:
+    elif cop == -1:
         message += ". -1 marks rows whose answer is not published, as in the test split: use another split"
     raise DataError(message)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data import Example, encode
+from ..data import Example, encode, numbered
 from ..errors import DataError
 from ..fingerprint import json_hash
 
@@ -25,7 +25,7 @@ def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_
     Raises:
         DataError: naming file, row and column.
     """
-    return [_example(row, f"{where}, row {number}", tokenizer, max_length) for number, row in enumerate(rows, 1)]
+    return [_example(row, f"{where}, row {number}", tokenizer, max_length) for number, row in numbered(rows)]
 
 
 def _example(row: Mapping[str, Any], where: str, tokenizer: Any, max_length: int) -> Example:

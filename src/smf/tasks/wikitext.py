@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data import Example, prefix_id
-from ..errors import DataError
 
 KIND = "text"
 COLUMNS = ()
@@ -27,17 +26,14 @@ def examples(rows: Sequence[Mapping[str, Any]], column: str, tokenizer: Any, max
         tokenizer: of the base.
         max_length: tokens of a window.
     """
-    lines = _lines(rows, column)
-    ids = tokenizer("\n\n".join(line.strip() for line in lines if line.strip()))["input_ids"]
+    lines = [row[column].strip() for row in rows]
+    ids = tokenizer("\n\n".join(line for line in lines if line))["input_ids"]
     stride = max(1, max_length // 2)
     made = []
     for number, begin in enumerate(range(0, max(1, len(ids) - (max_length - stride)), stride)):
         seen = max_length - stride if number else 0
         made.append(Example(f"window {number}", ids[begin : begin + max_length], seen))
-    made = [example for example in made if len(example.ids) > max(1, example.start)]
-    if not made:
-        raise DataError(f"no text of two tokens or more in column {column!r}")
-    return made
+    return [example for example in made if len(example.ids) > max(1, example.start)]
 
 
 def pages(rows: Sequence[Mapping[str, Any]], column: str, tokenizer: Any, max_length: int) -> list[Example]:
@@ -48,16 +44,9 @@ def pages(rows: Sequence[Mapping[str, Any]], column: str, tokenizer: Any, max_le
         max_length: tokens of a window, with the one before what it scores: one more than lm-eval's `max_length`.
     """
     made = []
-    for number, page in enumerate(_pages(_lines(rows, column))):
+    for number, page in enumerate(_pages([row[column] for row in rows])):
         made += _page(number, page, tokenizer, max_length)
     return made
-
-
-def _lines(rows: Sequence[Mapping[str, Any]], column: str) -> list[str]:
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row[column], str):
-            raise DataError(f"row {number}: column {column!r} holds {type(row[column]).__name__}, expected text")
-    return [row[column] for row in rows]
 
 
 def _pages(lines: Sequence[str]) -> list[str]:
