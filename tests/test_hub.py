@@ -143,3 +143,6 @@ def test_settings_replace_keys_however_deep(tmp_path: Path):
     found = load_recipe(recipe, ["train.max_length=32", 'memory={n_keys=8, init="paper"}', "methods.lora.lr=3e-3"])
     assert found.train.max_length == 32 and found.methods["lora"].lr == 3e-3
     assert (found.memory.n_keys, found.memory.init, found.memory.heads) == (8, "paper", 2)
+    chosen = 'target.train.where={choice_type=["single"]}'
+    assert load_recipe(recipe, [chosen]).target.train.where == {"choice_type": ["single"]}
+    assert load_recipe(recipe, [chosen, "target.train.where={}"]).target.train.where == {}  # empties a table

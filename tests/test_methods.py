@@ -20,6 +20,7 @@ from smf.addon import GatedMLP, add_dense, equal_width, load_dense, save_dense
 from smf.base import load_base
 from smf.compare import result_path
 from smf.data import Example, in_order, with_replay
+from smf.dry_run import dry_run
 from smf.errors import ConfigError, DataError
 from smf.evaluate import example_divergences
 from smf.fingerprint import source_hash
@@ -37,6 +38,13 @@ source = {{ path = "stories.jsonl", part = "healing" }}
 [methods.healed]
 kind = "healed"
 memory = {{ layers = [2], n_keys = 8, heads = 2, knn = 2, k_dim = 8, init = "paper" }}
+
+[methods.attached-zero]
+kind = "attached"
+
+[methods.attached-replacement]
+kind = "attached"
+memory = {{ mode = "replacement", init = "paper", layers = [2], n_keys = 8, heads = 2, knn = 2, k_dim = 8 }}
 
 [methods.random]
 rule = "random"
@@ -135,6 +143,23 @@ def test_every_kind_trains_scores_and_saves(world: Path, name: str):
     before = run_method(recipe, "base")["scores"]
     assert result["scores"]["stories"]["metrics"] != before["stories"]["metrics"]
     assert load_recipe(result_path(recipe, name).parent / "recipe.toml") == recipe
+
+
+def test_a_memory_that_nothing_trains_shows_what_attaching_it_costs(world: Path):
+    recipe = load_recipe(world)
+    base, zero, instead = (run_method(recipe, name) for name in ("base", "attached-zero", "attached-replacement"))
+    assert zero["scores"] == base["scores"] != instead["scores"]
+    for result in (zero, instead):
+        assert (result["steps"], result["rows_changed"], result["trained_parameters"]) == (0, 0, 0)
+
+
+def test_a_dry_run_says_how_many_numbers_each_kind_trains_and_for_how_long(world: Path):
+    recipe = load_recipe(world)
+    planned = {name: (steps, trained.partition(" ")[0]) for name, _, _, steps, trained, _ in dry_run(recipe).methods}
+    for name in [*KINDS, "attached-zero"]:
+        result = run_method(recipe, name)
+        trained = "?" if name in ("osf", "own") else f"{result['trained_parameters']:,}"
+        assert planned[name] == (str(result["steps"]), trained), name
 
 
 # -- the dense add-on -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from . import methods
+from .adapter import set_train
 from .base import base_config, check_models, load_tokenizer, on_this_machine
 from .data import Example, Loaded
 from .errors import SmfError
@@ -137,7 +138,7 @@ def _about_method(
     options, rate = recipe.train, f"{method.lr:g}" if method.lr else ""
     known = min(options.examples or examples, examples) if examples else options.examples
     steps = f"{steps_of(options.steps, options.epochs, known, options.batch_size):,}" if known or options.steps else "?"
-    if method.kind in ("base", "healed"):
+    if method.kind in ("base", "attached", "healed"):
         rate, steps = "", "0"
     if trained is None:
         return rate, steps, "?", "?"
@@ -166,14 +167,18 @@ def _trained(recipe: Recipe, method: Method, model: Any) -> Trained | None:
         added = attached.get_nb_trainable_parameters()[1] - size
         config = methods.memory_config(recipe, method)
         layers = len(memory_layers(attached))
-        trained = attached.get_nb_trainable_parameters()[0] if method.kind == "smf" else added
+        if method.kind == "healed":
+            set_train(attached, "memory")
+        trained = 0 if method.kind == "attached" else attached.get_nb_trainable_parameters()[0]
         t = "all" if method.rule == "all" else f"{method.rows_per_step:,}"
         rows = f"{t} of {config.n_keys**2:,} rows, {layers} layers" if method.kind == "smf" else ""
         return Trained(trained, added, rows)
     if method.kind in ("lora", "oft", "shira", "dense-addon"):
+        make = methods.find_method(method.kind)
+        if method.kind == "shira":  # draws where its numbers are, which a skeleton cannot; they are as many as LoRA's
+            make, method = methods.lora, replace(method, options={})
         with torch.device("meta"):
-            nothing = Loaded(None, [], {}, [], [], [])
-            prepared = methods.find_method(method.kind)(_skeleton(recipe), method, recipe, nothing)
+            prepared = make(_skeleton(recipe), method, recipe, Loaded(None, [], {}, [], [], []))
         return Trained(prepared.trained, prepared.trained)
     return None
 

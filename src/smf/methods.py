@@ -159,6 +159,16 @@ def healing(model: Any, recipe: Recipe) -> Prepared:
     return Prepared(model, optimizer, 0.0, trained, save)
 
 
+def attached(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
+    """Control: the memory as it starts, so that what attaching it costs by itself is seen."""
+
+    def save(folder: Path) -> dict[str, Any]:
+        model.save_pretrained(folder / "adapter")
+        return {"rows_changed": 0, "numbers_changed": 0}
+
+    return Prepared(model, None, 0.0, 0, save)
+
+
 def healed(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
     """Control: the healed memory as it is, so that what healing learned and forgot by itself is seen."""
     trained = healing(model, recipe).trained
@@ -215,6 +225,7 @@ def counts(patch: Patch) -> dict[str, Any]:
 METHODS: dict[str, MakeMethod] = {
     "base": base,
     "smf": smf,
+    "attached": attached,
     "healed": healed,
     "dense-addon": dense_addon,
     "lora": lora,
@@ -223,7 +234,7 @@ METHODS: dict[str, MakeMethod] = {
     "shira": shira,
     "full": full,
 }
-WITH_MEMORY = ("smf", "healed")
+WITH_MEMORY = ("smf", "attached", "healed")
 BESIDE_THE_MLP = (*WITH_MEMORY, "dense-addon")
 
 

@@ -160,15 +160,15 @@ class Method:
     """One row of the table: what trains, and how."""
 
     kind: str = "smf"
-    """base: nothing trains; smf: memory rows; healed: the whole memory, on general text alone; dense-addon: a gated
-    MLP beside the same layers; lora, oft, osf, shira: of PEFT, on all linear layers; full: every weight; or a function
-    of your own, as "module:function" (docs/methods.md)."""
+    """base: nothing trains; smf: memory rows; attached: a memory that nothing trains; healed: the whole memory, on
+    general text alone; dense-addon: a gated MLP beside the same layers; lora, oft, osf, shira: of PEFT, on all linear
+    layers; full: every weight; or a function of your own, as "module:function" (docs/methods.md)."""
     lr: float = 0.0
     """Learning rate."""
     replay: float = 0.0
     """Share of the training examples that are general text of [replay], in place of the target's."""
     layers: list[int] | None = None
-    """smf, healed, dense-addon: decoder layers, in place of [memory]'s; lora, oft, osf,
+    """smf, attached, healed, dense-addon: decoder layers, in place of [memory]'s; lora, oft, osf,
     shira: only these, in place of all."""
     lr_other: float = 0.0
     """smf: learning rate of other trainable parameters (scale); 0: lr."""
@@ -187,7 +187,7 @@ class Method:
     heal: bool = False
     """smf: train the whole memory as [heal] says first."""
     memory: MemoryOptions | None = None
-    """smf, healed, dense-addon: another memory than the recipe's."""
+    """smf, attached, healed, dense-addon: another memory than the recipe's."""
     r: int = 16
     """lora: rank; shira: r of PEFT's config."""
     alpha: float = 32.0

@@ -21,6 +21,7 @@ SMF = {"rule", "reads", "update", "select_every", "rows_per_step", "train", "hea
 KINDS: dict[str, set[str]] = {  # of methods, and the keys that each reads beside kind
     "base": set(),
     "smf": {"lr", "replay"} | SMF,
+    "attached": {"layers", "memory"},
     "healed": {"layers", "memory"},
     "dense-addon": {"lr", "replay", "layers", "memory"},
     "lora": {"lr", "replay", "layers", "r", "alpha", "dropout", "options"},
@@ -79,9 +80,9 @@ def _setting(text: str) -> dict[str, Any]:
 
 
 def _merge(table: dict[str, Any], given: dict[str, Any]) -> None:
-    """Replace keys of a table, and of the tables in it."""
+    """Replace keys of a table, and of the tables in it; an empty table replaces one that has keys."""
     for key, value in given.items():
-        if isinstance(value, dict) and isinstance(table.get(key), dict):
+        if value and isinstance(value, dict) and isinstance(table.get(key), dict):
             _merge(table[key], value)
         else:
             table[key] = value
@@ -252,7 +253,7 @@ def _check_method(recipe: Recipe, method: Method, where: str) -> None:
         raise ConfigError(
             f'{where} kind = {method.kind!r}; expected one of {list(KINDS)}, or your own function: "module:function"'
         )
-    if method.kind not in ("base", "healed") and method.lr <= 0:
+    if method.kind not in ("base", "attached", "healed") and method.lr <= 0:
         raise ConfigError(f"{where} lr = {method.lr}; expected a number above 0")
     if (method.heal or method.kind == "healed") and recipe.heal is None:
         raise ConfigError(f"{where} needs a [heal] table that says on what text the memory is healed")

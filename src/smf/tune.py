@@ -18,7 +18,7 @@ from .recipe_file import load_recipe, to_toml
 from .runs import read_result
 from .study import best_stage, numbers_of, signed
 
-UNTUNED = ("base", "healed")  # kinds without a learning rate of their own
+UNTUNED = ("base", "attached", "healed")  # kinds without a learning rate of their own
 
 
 def tune(recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: float = 2.0) -> dict[str, Any]:
