@@ -127,7 +127,7 @@ def test_keys_that_were_added_later_do_not_rename_runs_that_leave_them_out(tmp_p
     names = {recipe_name(recipe, setting) for setting in ((), ("train.examples=0",), ("target.recall=false",))}
     assert len(names) == 1
     assert load_recipe("world_study.toml").comparison_id() == "db434fba9b"  # as docs/results has it
-    for setting in ("train.examples=5", "target.recall=true", "target.train.min_chars=3"):
+    for setting in ("train.examples=5", "target.recall=true", "target.train.min_chars=3", "target.train.sample=3"):
         assert recipe_name(recipe, (setting,)) not in names
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from smf.compare import compare
 from smf.dry_run import dry_run
+from smf.prepare import load
 from smf.recipe import Recipe, limited, shortened
 from smf.recipe_file import load_recipe
 from tiny import write_lines
@@ -65,6 +66,15 @@ def test_of_your_data_all_but_the_harness_tasks_is_checked(mine: Path, shared: P
         "[target.eval.arc",
         "[probes.hellaswag.source",
     ]
+
+
+def test_the_facts_that_are_scored_are_those_that_are_taught(shared: Path, tmp_path: Path):
+    recipe = reduced("facts", shared, tmp_path)
+    loaded = load(recipe)
+    taught = {example.id.rpartition(".")[0] for example in loaded.train}
+    asked = {name: {item["id"] for item in loaded.scored[name].items} for name in ("held-out", "seen", "validation")}
+    assert asked["held-out"] == asked["seen"] and not asked["held-out"] & asked["validation"]
+    assert asked["held-out"] | asked["validation"] == taught and 900 < len(taught) <= 1000
 
 
 def scored(results: list[dict[str, Any]]) -> dict[str, set[str]]:

@@ -346,6 +346,13 @@ def test_rows_can_be_chosen_by_their_columns(tmp_path: Path):
     assert chosen(where={"lang": ["en"], "rank": [0, 1]}) == [1, 3, 7, 9]
     assert chosen(where={"lang": ["en"]}, limit=2) == [1, 3] and chosen(min_chars=60) == [10, 11]
     assert sorted(chosen(limit=6, part="x") + chosen(limit=6, part="y")) == list(range(6))
+    drawn = chosen(sample=5)
+    assert len(drawn) == 5 and drawn == sorted(drawn) != list(range(5))
+    assert set(drawn) < set(chosen(sample=6)) and chosen(sample=5, limit=2) == drawn[:2]
+    assert sorted(chosen(sample=5, part="x") + chosen(sample=5, part="y")) == drawn
+    write_lines(tmp_path / "a.jsonl", rows[::-1])  # the same texts, in another order
+    assert chosen(sample=5) == drawn[::-1]
+    write_lines(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match=r"none of its 12 rows has lang among \['fr'\]; the columns hold lang: .*'de'"):
         chosen(where={"lang": ["fr"]})
     with pytest.raises(DataError, match=r"has no column 'land'; its columns are .*; did you mean 'lang'\?"):

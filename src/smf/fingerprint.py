@@ -61,6 +61,11 @@ def source_hash(module: str) -> str:
     return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
 
 
+def hashed(salt: str, text: Any) -> str:
+    """SHA-256 of a text, up to outer white space, that differs for every salt."""
+    return hashlib.sha256(f"{salt}\n{str(text).strip()}".encode()).hexdigest()
+
+
 def part_of(text: str, parts: Mapping[str, float]) -> str:
     """The part that the hash of a text puts it into; equal texts, up to outer white space, share their part.
 

@@ -31,6 +31,8 @@ class Source:
     """Use only the rows whose columns hold one of these values."""
     min_chars: int = 0
     """Use only the rows whose text has so many characters."""
+    sample: int = 0
+    """Of these rows use so many, drawn by the hash of their text: the same wherever a file is read; 0: all."""
     limit: int = 0
     """Use the first of these rows only; 0: all."""
     part: str = ""
@@ -275,8 +277,16 @@ class Recipe:
         return _without_later(keys)
 
 
-LATER = {"where": {}, "min_chars": 0, "task": "", "form": "", "window": 0, "examples": 0, "recall": False} | {
-    "lm_eval_tasks": ""
+LATER = {
+    "where": {},
+    "min_chars": 0,
+    "sample": 0,
+    "task": "",
+    "form": "",
+    "window": 0,
+    "examples": 0,
+    "recall": False,
+    "lm_eval_tasks": "",
 }  # keys that recipes did not always have, and what they are where a recipe leaves them out
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from . import world
 from .data import Row, numbered
 from .errors import DataError
-from .fingerprint import part_of
+from .fingerprint import hashed, part_of
 from .recipe import Source
 
 READERS = {".parquet": "parquet", ".csv": "csv"}  # by suffix; everything else is read as JSON lines
@@ -33,7 +33,7 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
         raise DataError(f"{where}: a source names a part, but the recipe has no [parts] table of shares")
     rows = _read(source, data)
     columns = rows.column_names or []
-    read = [source.column] if source.part or source.min_chars else []
+    read = [source.column] if source.part or source.min_chars or source.sample else []
     for column in (*need, *source.where, *read):
         if column not in columns:
             near = difflib.get_close_matches(column, columns, n=1)
@@ -44,6 +44,9 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
     chosen = [row for row in chosen if all(row[column] in values for column, values in source.where.items())]
     if source.min_chars:
         chosen = [row for row in chosen if len(str(row[source.column] or "")) >= source.min_chars]
+    if source.sample:
+        by_hash = sorted(chosen, key=lambda row: hashed("sample", row[source.column]))
+        chosen = sorted(by_hash[: source.sample], key=lambda row: row.number)
     if source.limit:
         chosen = chosen[: source.limit]
     if source.part:
