@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,3 +130,27 @@ def test_the_command_reaches_them_and_errors_are_one_line(
         cli.main()
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("inspect", "apply", "revert", "merge", "diff"))
+
+
+def test_the_commands_and_the_example_of_the_page_run(
+    patches: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    page = (Path(__file__).parents[1] / "docs" / "patches.md").read_text()
+    (commands,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name, other in (("medicine", "a"), ("law", "b")):
+        (tmp_path / f"{other}.smf").rename(tmp_path / f"{name}.smf")
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        shutil.copy(tmp_path / f"{name}.smf", tmp_path / "runs" / name / "patch.smf")
+    for line in commands.strip().splitlines():
+        program, group, *arguments = shlex.split(line, comments=True)
+        assert (program, group) == ("smf", "patch")
+        main(arguments)
+    assert torch.equal(logits(model_of(tmp_path / "base_again")), logits(tiny_base()))
+    model = tiny_model()
+    train(model, steps=3, seed=0, lr=0.1)
+    (example, protecting) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"smf": smf, "model": model, "base": tiny_base()}
+    exec(example, names)
+    assert torch.equal(logits(smf.load(tiny_base(), "both.smf")), logits(smf.load(tiny_base(), names["both"])))
+    assert ".protecting(patch.rows)" in protecting
