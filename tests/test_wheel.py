@@ -70,5 +70,5 @@ def test_installed_wheel_runs_the_demo_outside_the_repo_and_has_its_types(enviro
     command = [str(environment / "bin/smf"), "demo", *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "smf-kl" in done.stdout and (tmp_path / "runs/demo/report.html").is_file()
+    assert "smf-kl" in done.stdout and (tmp_path / "runs/demo-trial/report.html").is_file()
     assert list(environment.glob("lib/python*/site-packages/smf/py.typed"))
