@@ -24,6 +24,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "micro": {"rule": "random", "select_every": "micro", "update": "sgd", "accumulation": 2},
     "masked": {"rule": "tf", "update": "masked-adam", "train": "rows+scale", "weight_decay": 0.1},
     "healing": {"rule": "all", "train": "memory", "init": "paper", "accumulation": 2},
+    "provenance": {"rule": "tf", "provenance": True, "accumulation": 2},
     "float32": {"rule": "tf", "reads": "gradient", "dtype": torch.float32, "train": "rows+scale"},
 }
 
@@ -59,14 +60,19 @@ def train_in_a_loop(
     steps = []
     for step in range(STEPS):
         for micro in range(accumulation):
-            share = {k: v.chunk(world)[rank] for k, v in batch(4, 16, seed=step * accumulation + micro).items()}
+            rows = batch(4, 16, seed=step * accumulation + micro)
+            if options.get("provenance"):
+                rows["example_ids"] = (step + micro) * 2 + torch.tensor([0, 0, 1, 2])  # 2 again, on another rank
+            share = {k: v.chunk(world)[rank] for k, v in rows.items()}
             last = micro == accumulation - 1
             with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
                 (wrapped(**share).loss / accumulation).backward()
         optimizer.step()
         optimizer.zero_grad()
         steps.append(optimizer.last_step)
-    return outcome(model, steps)
+    written = {} if optimizer._writers is None else optimizer._writers.state_dict()
+    flat = {f"{part}.{layer}": tensor for layer, parts in written.items() for part, tensor in parts.items()}
+    return outcome(model, steps) | flat
 
 
 def ragged_examples() -> list[dict[str, Tensor]]:

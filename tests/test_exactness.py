@@ -16,8 +16,8 @@ import smf
 from conftest import VOCABULARY, batch, tiny_base, tiny_config
 from dense import DenseMemory, dense_twin, double_model, gradients, padded, with_labels
 from smf.adapter import SparseMemoryLayer
+from smf.gradient import row_gradient
 from smf.memory import weighted_row_sum
-from smf.optimizer import row_gradient
 
 STEPS, SEQUENCES, READS_A_TOKEN = 4, 16, 2 * 4
 LAYERS = (1, 2)

@@ -129,14 +129,14 @@ def test_the_command_reaches_them_and_errors_are_one_line(
     with pytest.raises(SystemExit):
         cli.main()
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("inspect", "apply", "revert", "merge", "diff"))
+    assert all(name in shown for name in ("inspect", "apply", "revert", "merge", "diff", "forget"))
 
 
 def test_the_commands_and_the_example_of_the_page_run(
     patches: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     page = (Path(__file__).parents[1] / "docs" / "patches.md").read_text()
-    (commands,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    commands, _ = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     for name, other in (("medicine", "a"), ("law", "b")):
         (tmp_path / f"{other}.smf").rename(tmp_path / f"{name}.smf")
@@ -149,7 +149,7 @@ def test_the_commands_and_the_example_of_the_page_run(
     assert torch.equal(logits(model_of(tmp_path / "base_again")), logits(tiny_base()))
     model = tiny_model()
     train(model, steps=3, seed=0, lr=0.1)
-    (example, protecting) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    example, protecting, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {"smf": smf, "model": model, "base": tiny_base()}
     exec(example, names)
     assert torch.equal(logits(smf.load(tiny_base(), "both.smf")), logits(smf.load(tiny_base(), names["both"])))

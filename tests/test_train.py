@@ -426,3 +426,33 @@ def test_blank_texts_do_not_become_background_documents(own_world: Path):
     rows = [json.loads(line) for line in stories.read_text().splitlines()]
     write_lines(stories, [*rows, {"text": "   "}])
     assert all(text.strip() for text in load(load_recipe(own_world)).background)
+
+
+def test_provenance_of_a_run(world: Path, own_world: Path):
+    """A recipe's patch knows its examples by their ids, and is otherwise the same; a resumed one is the same too."""
+    plain = load_recipe(world)
+    replay = '\n[replay]\nsource = { path = "stories.jsonl", part = "healing" }\n\n[methods.known]\nkind = "smf"\n'
+    replay += 'reads = "gradient"\nrows_per_step = 8\nlr = 0.05\nprovenance = true\n'
+    own_world.write_text(own_world.read_text() + replay + '\n[methods.mixed]\nkind = "smf"\nrule = "all"\nlr = 0.05\n')
+    own_world.write_text(own_world.read_text() + "provenance = true\nreplay = 0.25\n")
+    recipe = load_recipe(own_world)
+    run_method(plain, "smf"), run_method(recipe, "known"), run_method(recipe, "mixed")
+    blind = smf.load_patch(result_path(plain, "smf").parent / "patch.smf")
+    known = smf.open_patch(result_path(recipe, "known").parent)
+    assert all(torch.equal(known.rows[layer], rows) for layer, rows in blind.rows.items())
+    assert all(torch.equal(known.new[layer], new) for layer, new in blind.new.items())
+    assert blind.provenance is None and known.provenance is not None
+    assert known.provenance.names[:40] == [f"q{number}" for number in range(40)]
+    assert all(int(counts.min()) >= 1 for counts in known.provenance.counts.values())
+    mixed = smf.open_patch(result_path(recipe, "mixed").parent)
+    writers = {name for row in mixed.rows[1].tolist() for name in mixed.why(1, row)}
+    assert any(name.startswith("replay ") for name in writers) and any(name.startswith("q") for name in writers)
+
+
+def test_a_key_added_later_leaves_the_names_of_runs(world: Path):
+    recipe = load_recipe(world)
+    method = recipe.methods["smf"]
+    renamed = replace(recipe, methods=recipe.methods | {"smf": replace(method, provenance=True)})
+    assert renamed.run_id("smf") != recipe.run_id("smf")
+    before = load_recipe("world_study.toml")
+    assert before.run_id("base") == "base-4ffe00e6e1"  # a run of 2026-11-22, before methods had `provenance`

@@ -92,6 +92,12 @@ class Loaded:
     replay: list[Example]
     revisions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def places(self) -> dict[str, int]:
+        """A number for the id of each example that can be trained on; windows of one text may share an id."""
+        ids = dict.fromkeys(example.id for example in (*self.train, *self.replay))
+        return {id: number for number, id in enumerate(ids)}
+
 
 def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int, *, end: bool) -> Example:
     """Tokens of prompt and response together; the response begins where the prompt's own tokens end.
@@ -170,10 +176,12 @@ class Collator:
     Args:
         pad: id of the padding token.
         loss: "answer" (from each example's start) or "full".
+        places: numbers of the examples by their ids; given, batches have `example_ids` `[B]`.
     """
 
     pad: int
     loss: str
+    places: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and `labels` `[B, S]`; the first token is never a label."""
@@ -184,6 +192,8 @@ class Collator:
         if self.loss == "answer":
             for row, example in enumerate(examples):
                 learned[row, list(example.gaps)] = False
+        if self.places:
+            batch |= {"example_ids": torch.tensor([self.places[example.id] for example in examples])}
         return batch | {"labels": batch["input_ids"].masked_fill(~learned, -100)}
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,7 @@ def fit(
     loss: str,
     name: str,
     on_the_way: ScoreOnTheWay | None = None,
+    places: Mapping[str, int] = {},
 ) -> float:
     """Train for `steps` steps, resuming where a killed run stopped; returns the seconds it took, killed ones included.
 
@@ -147,6 +148,7 @@ def fit(
         loss: "answer" or "full".
         name: shown beside the progress.
         on_the_way: scores before the end.
+        places: numbers of the examples by their ids, where the optimizer keeps provenance.
     """
     arguments = _arguments(recipe, folder / "checkpoints", steps, prepared.max_grad_norm)
     checkpoint = newest_complete(folder / "checkpoints", tidy=is_main())
@@ -157,7 +159,7 @@ def fit(
         model=prepared.model,
         args=arguments,
         train_dataset=examples,  # type: ignore[arg-type]
-        data_collator=Collator(pad_id(tokenizer), loss),
+        data_collator=Collator(pad_id(tokenizer), loss, places),
         compute_loss_func=mean_token_loss,
         optimizers=(prepared.optimizer, None),
         callbacks=[MetricsFile(folder / "metrics.jsonl", prepared.optimizer, done)],

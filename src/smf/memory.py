@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError, TrainingError
+from .provenance import Writers
 from .rows import RowStore
 
 GATHER_ELEMENTS = 2**24  # rows are gathered in pieces of at most this many numbers (64 MiB in float32)
@@ -92,6 +93,7 @@ class Factors:
     w_TR: Tensor  # softmax weights
     g_TD: Tensor  # gradient of o, the weighted row sum
     mask_T: Tensor | None  # bool, tokens that are not pads; None: all are
+    examples_T: Tensor | None = None  # int64, which example each token is of, where provenance is asked for
 
 
 @dataclass
@@ -101,6 +103,7 @@ class Journal:
     rows: RowStore  # column "old": each row ever chosen, before its first update
     others: dict[str, Tensor]  # other parameters of the layer, whole
     table: Tensor | None = None  # the whole table, where an update moves all of it (masked-adam)
+    writers: Writers | None = None  # of all layers, where provenance is asked for
 
 
 def weighted_row_sum(values_ND: Tensor, idx_TR: Tensor, w_TR: Tensor) -> Tensor:
@@ -184,13 +187,14 @@ class ProductKeyMemory:
         self.base_hash = base_hash
         self._parameters = parameters
         self.observer: Callable[[Tensor], None] | None = None  # sees idx_TR of every forward (the background)
+        self.example_ids: Tensor | None = None  # [B] or [B, S] of this forward pass, where provenance is asked for
         self.journal: Journal | None = None  # since the last optimizer was made
         self._pending: list[Factors] = []
         self._consumer: weakref.ref | None = None  # the optimizer that takes the factors
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts without an optimizer: the factors and the promise to consume them stay with the original
-        return self.__dict__ | {"_pending": [], "_consumer": None, "observer": None}
+        return self.__dict__ | {"_pending": [], "_consumer": None, "observer": None, "example_ids": None}
 
     @property
     def shape(self) -> MemoryShape:
@@ -262,7 +266,8 @@ class ProductKeyMemory:
             training: whether reads count and the table learns in the backward pass.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        keep = self._keeper(mask_T) if training and self.trainable and torch.is_grad_enabled() else None
+        learns = training and self.trainable and torch.is_grad_enabled()
+        keep = self._keeper(mask_T, self._examples(x)) if learns else None
         if keep is not None and torch.is_autocast_enabled(x.device.type):
             _refuse_float16(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
@@ -279,7 +284,21 @@ class ProductKeyMemory:
 
     # -- what training takes ------------------------------------------------------------------------------------------
 
-    def _keeper(self, mask_T: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], None]:
+    def _examples(self, x: Tensor) -> Tensor | None:
+        """Which example each token of `x` is of, `[T]`."""
+        if self.example_ids is None:
+            return None
+        tokens = x.shape[:-1].numel()
+        if tokens % self.example_ids.numel():
+            raise TrainingError(
+                f"example_ids {tuple(self.example_ids.shape)} do not fit {tokens} tokens; give one id for each "
+                "sequence [B], or for each token [B, S]"
+            )
+        return self.example_ids.reshape(-1).repeat_interleave(tokens // self.example_ids.numel()).to(x.device)
+
+    def _keeper(self, mask_T: Tensor | None, examples_T: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], None]:
+        again = examples_T is not None and torch._C._current_graph_task_id() != -1  # a layer that was checkpointed
+
         def keep(idx_TR: Tensor, w_TR: Tensor, g_TD: Tensor) -> None:
             if not self.attached:
                 raise TrainingError(
@@ -288,7 +307,12 @@ class ProductKeyMemory:
                     "Trainer(..., optimizers=(smf.SparseMemoryOptimizer(model, background, lr=...), None)); "
                     "to train something else beside a frozen memory, load it with is_trainable=False."
                 )
-            self._pending.append(Factors(idx_TR, w_TR.detach(), g_TD, mask_T))
+            if again:  # with use_reentrant=False it is the first run that gets here
+                raise TrainingError(
+                    "provenance=True with use_reentrant=True: a layer that runs again in the backward pass does not "
+                    "know whose tokens it reads; checkpoint with use_reentrant=False"
+                )
+            self._pending.append(Factors(idx_TR, w_TR.detach(), g_TD, mask_T, examples_T))
 
         return keep
 

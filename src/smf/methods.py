@@ -200,11 +200,13 @@ def smf(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
         weight_decay=recipe.train.weight_decay,
         max_grad_norm=recipe.train.max_grad_norm,
         seed=recipe.seed,
+        provenance=method.provenance,
     )
 
     def save(folder: Path) -> dict[str, Any]:
         model.save_pretrained(folder / "adapter")
-        patch = save_patch(model, folder / "patch.smf", method=asdict(method), seed=recipe.seed)
+        names = list(loaded.places) if method.provenance else None
+        patch = save_patch(model, folder / "patch.smf", examples=names, method=asdict(method), seed=recipe.seed)
         if background is not None:
             background.save(folder / "background.safetensors")  # with which `smf patch inspect` knows hubs
         return counts(patch)

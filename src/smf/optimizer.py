@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ranks, refusals
 from .background import Background
 from .errors import ConfigError, TrainingError
 from .fingerprint import is_memory_parameter
-from .memory import Factors, Journal, ProductKeyMemory, memory_layers, seeded
+from .gradient import parts_by_example, row_gradient
+from .memory import Factors, Journal, ProductKeyMemory, memory_layers, seeded, unwrap
+from .provenance import Writers, add_up
 from .rows import RowStore, find
 from .selection import ReadsKind, Rule, count_reads, find_rule, hub_share, score_rows, select_rows
+from .tokens import ExampleIds
 
 UpdateKind = Literal["adam", "sgd", "masked-adam"]
 
@@ -50,26 +52,6 @@ class StepReport:
         return f"StepReport(step={self.step}, rows={rows}, rows_read={self.rows_read}, grad_norm={self.grad_norm:.3g})"
 
 
-def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor) -> Tensor:
-    """Gradient `[t, D]` of the rows `rows_t` (ascending) from the factors of some backward passes.
-
-    Each chosen row is the weighted sum of the gradients of the tokens that read it: an embedding bag over tokens, so
-    that neither time nor memory depends on the size of the table.
-    """
-    grad_tD = torch.zeros(len(rows_t), like.shape[1], dtype=torch.promote_types(like.dtype, torch.float32)).to(
-        like.device
-    )
-    for f in factors:
-        slot, chosen = find(rows_t, f.idx_TR.flatten().long())
-        read = chosen.nonzero().squeeze(1)  # positions in the flattened [T, R]
-        slot_sorted, order = torch.sort(slot[read], stable=True)
-        read = read[order]
-        starts = torch.searchsorted(slot_sorted, torch.arange(len(rows_t), device=slot.device))
-        token, weight = read // f.idx_TR.shape[1], f.w_TR.flatten()[read]
-        grad_tD += F.embedding_bag(token, f.g_TD, starts, per_sample_weights=weight, mode="sum")
-    return grad_tD
-
-
 class SparseMemoryOptimizer(torch.optim.Optimizer):
     """Updates, in each memory layer, the `rows_per_step` rows that a rule scores best on the step's reads.
 
@@ -97,6 +79,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         lr_other: learning rate of the other trainable parameters; None: `lr`.
         seed: of the rule "random", and of the rounding of a bfloat16 table.
         adapter: whose memory; None for the active one.
+        provenance: keep which examples wrote which rows, for `smf.save_patch`. Every batch then has `example_ids`
+            beside its `input_ids`: whole numbers `[B]`, or `[B, S]` where examples are packed.
 
     A model set to train="memory" (healing) trains its table by the rule "all".
 
@@ -123,6 +107,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         lr_other: float | None = None,
         seed: int = 0,
         adapter: str | None = None,
+        provenance: bool = False,
     ):
         refusals.check_model(model)
         self.memories = memory_layers(model, adapter)
@@ -167,8 +152,12 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         tables = [memory.values for memory in self.memories.values()]
         self._table_adamw = torch.optim.AdamW(tables, **options) if update == "masked-adam" else None
         self._moments = {layer: _moments(memory.values) for layer, memory in self.memories.items()}
+        refusals.check_provenance(provenance, update)
+        self._writers = Writers(self.memories) if provenance else None
+        self._parts: dict[int, tuple[Tensor, Tensor]] = {}  # of this step, who adds how much to which row
+        ExampleIds.watch(unwrap(model), self.memories.values(), wanted=provenance)
         for memory in self.memories.values():
-            memory.attach(self, _journal(memory, whole_table=update == "masked-adam"))
+            memory.attach(self, _journal(memory, update == "masked-adam", self._writers))
         # GradScaler then tells `step` that it scaled the loss, so that the step can refuse: factors are never unscaled
         self._step_supports_amp_scaling = True
 
@@ -205,7 +194,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         if micro and not ranks.same_everywhere(len(factors)):
             raise TrainingError('select_every="micro" needs equally many micro-batches on every rank')
         groups = [[f] for f in factors] if micro else [factors]
-        rows_read, chosen, grads, hubs = [], [], [], []
+        rows_read, chosen, grads, hubs, parts = [], [], [], [], []
         report.reads[layer] = 0
         for i, group in enumerate(groups):
             reads = ranks.sum_reads(count_reads(group, self.reads_kind, memory.values.device))
@@ -221,6 +210,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             hubs.append(hub_share(reads.hits_R, memory.shape.n_rows))
             chosen.append(rows)
             grads.append(row_gradient(group, rows, memory.values))
+            if self._writers is not None:
+                parts.append(ranks.sum_by_id(*add_up(*parts_by_example(group, rows, memory.values))))
         device = memory.values.device
         empty = torch.empty(0, dtype=torch.int64, device=device)
         report.hub_share[layer] = sum(hubs) / max(1, len(hubs))
@@ -230,6 +221,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         for ids, grad in zip(chosen, grads, strict=True):
             grad_tD[find(rows, ids)[0]] += grad  # ids are unique within a group
         ranks.mean_(grad_tD)
+        if parts:
+            self._parts[layer] = add_up(torch.cat([p for p, _ in parts]), torch.cat([n for _, n in parts]))
         return grad_tD
 
     def _not_finite(self, what: str) -> str:
@@ -252,11 +245,15 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
     def _update_rows(self, rows: dict[int, Tensor], grads: dict[int, Tensor]) -> None:
         for layer, memory in self.memories.items():
             self._note_old_rows(memory, rows[layer])
+            before_tD = None if self._writers is None else memory.values[rows[layer]]
             if self._table_adamw is not None:
                 memory.values.grad = torch.zeros_like(memory.values)
                 memory.values.grad[rows[layer]] = grads[layer].to(memory.values.dtype)
             else:
                 self._update_layer(layer, memory, rows[layer], grads[layer])
+            if self._writers is not None and before_tD is not None and layer in self._parts:
+                moved_t = (memory.values[rows[layer]].double() - before_tD.double()).norm(dim=-1)
+                self._writers.note(layer, rows[layer], moved_t, *self._parts.pop(layer))
         if self._table_adamw is not None:
             self._follow_schedule(self._table_adamw, self.param_groups[0])
             self._table_adamw.step()
@@ -346,6 +343,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
                 "steps": self.steps,
                 "made_for": self._made_for(),
                 "layers": layers,
+                "writers": None if self._writers is None else self._writers.state_dict(),
                 "inner": {name: adamw.state_dict() for name, adamw in inner.items() if adamw is not None},
             }
         }
@@ -366,6 +364,10 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             memory.journal.others = {k: v.to(memory.tensor(k)) for k, v in state["old_others"].items()}
             memory.journal.table = None if state["old_table"] is None else state["old_table"].to(memory.values)
             self._moments[layer].load_state_dict(state["moments"])
+        if self._writers is not None:
+            if mine.get("writers") is None:
+                raise ConfigError("the state knows no provenance; go on with provenance=False, or begin anew")
+            self._writers.load_state_dict(mine["writers"])
         for name, adamw in (("others", self._other_adamw), ("tables", self._table_adamw)):
             if adamw is not None:
                 adamw.load_state_dict(copy.deepcopy(mine["inner"][name]))  # torch would share its tensors
@@ -395,7 +397,7 @@ def _moments(values_ND: Tensor) -> RowStore:
     return RowStore(exp_avg=rows, exp_avg_sq=rows, step=torch.empty(0, dtype=torch.int64, device=values_ND.device))
 
 
-def _journal(memory: ProductKeyMemory, *, whole_table: bool) -> Journal:
+def _journal(memory: ProductKeyMemory, whole_table: bool, writers: Writers | None) -> Journal:
     others = {kind: tensor.detach().clone() for kind, tensor in memory.others().items()}
     table = memory.values.detach().clone() if whole_table else None
-    return Journal(RowStore(old=memory.values.detach()[:0]), others, table)
+    return Journal(RowStore(old=memory.values.detach()[:0]), others, table, writers)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from .config import SparseMemoryConfig
 from .errors import ConfigError, PatchError
 from .fingerprint import base_hash, tensor_bytes, tensors_hash
 from .memory import MemoryShape, ProductKeyMemory, memory_layers
+from .provenance import Provenance, merge_provenance
 from .row_sets import Overlap, Policy, RowSet, merge_rows, overlap, same_rows
+from .rows import find
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16)}
 Tables = Mapping[int, Mapping[str, Tensor]]  # of each layer the parameters of its memory, by kind
@@ -28,6 +30,7 @@ class Patch:
         old, new: the rows `[R, D]` before and after, by layer.
         old_others, new_others: other parameters that the training changed, whole, by layer and kind.
         metadata: what the patch belongs to (base, config, checksums of what it does not change) and what trained it.
+        provenance: which examples wrote which rows, where the optimizer was made with `provenance=True`.
     """
 
     rows: dict[int, Tensor]
@@ -36,6 +39,7 @@ class Patch:
     old_others: dict[int, dict[str, Tensor]]
     new_others: dict[int, dict[str, Tensor]]
     metadata: dict[str, Any]
+    provenance: Provenance | None = None
 
     def __repr__(self) -> str:
         rows = {layer: len(ids) for layer, ids in self.rows.items()}
@@ -159,13 +163,16 @@ class Patch:
             others_old[layer], others_new[layer] = _merge_others(patches, layer, policy, weights)
         note = {"merged": [patch.metadata["metadata"] for patch in patches], "policy": policy, "weights": weights}
         own = note | {"rows_of_several": clashes} | metadata
+        known = [patch.provenance for patch in patches if patch.provenance is not None]
+        ids = {layer: each.ids_R for layer, each in rows.items()}
         return Patch(
-            {layer: each.ids_R for layer, each in rows.items()},
+            ids,
             {layer: each.old_RD for layer, each in rows.items()},
             {layer: each.new_RD for layer, each in rows.items()},
             others_old,
             others_new,
             self.metadata | {"metadata": own},
+            merge_provenance(known, [p.rows for p in patches], ids) if len(known) == len(patches) else None,
         )
 
     def overlap(self, other: Patch) -> dict[int, Overlap]:
@@ -177,6 +184,46 @@ class Patch:
         """By layer how the two differ in what they leave."""
         _check_siblings(self, other, 2)
         return {layer: _difference(self.row_set(layer), other.row_set(layer)) for layer in self.rows}
+
+    # -- by example ---------------------------------------------------------------------------------------------------
+
+    def why(self, layer: int, row: int) -> dict[str, float]:
+        """The examples that wrote a row, and their shares of the way that it moved, largest first."""
+        place, found = find(self.rows.get(layer, torch.empty(0, dtype=torch.int64)), torch.tensor([row]))
+        if not bool(found):
+            raise PatchError(f"the patch does not change row {row} of layer {layer}; its layers: {list(self.rows)}")
+        return self._known().writers(layer, int(place))
+
+    def written_by(self, examples: Collection[str], share: float = 1.0) -> Patch:
+        """The part of the patch that these examples wrote: `.revert(model)` takes it out. No unlearning guarantee.
+
+        Args:
+            examples: their names.
+            share: of the way that a row moved, at least so much is theirs; 1: no other example wrote the row.
+        """
+        if not 0 < share <= 1:
+            raise ConfigError(f"share = {share}; expected a number above 0, up to 1")
+        part = self._take(self._known().written_by(examples, share))
+        # beside their rows nothing is theirs: the scale is left as it is
+        return replace(part, old_others=self.new_others)
+
+    def without(self, part: Patch) -> Patch:
+        """The patch without the rows of a part of it."""
+        return self._take({layer: ~torch.isin(rows, part.rows[layer]) for layer, rows in self.rows.items()})
+
+    def _known(self) -> Provenance:
+        if self.provenance is None:
+            raise PatchError(
+                "the patch does not know which examples wrote its rows: train with SparseMemoryOptimizer(..., "
+                "provenance=True), in recipes provenance = true; of merged patches all must know"
+            )
+        return self.provenance
+
+    def _take(self, which: dict[int, Tensor]) -> Patch:
+        """Some of the rows of each layer, by mask."""
+        rows, old, new = ({n: side[n][keep] for n, keep in which.items()} for side in (self.rows, self.old, self.new))
+        known = None if self.provenance is None else self.provenance.take(which)
+        return replace(self, rows=rows, old=old, new=new, provenance=known)
 
 
 @dataclass(frozen=True)

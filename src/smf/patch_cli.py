@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ def inspect(
     /,
     beside: tuple[Path, ...] = (),
     background: Path | None = None,
+    why: tuple[str, ...] = (),
     format: Literal["table", "json"] = "table",
 ) -> None:
     """Show what a patch belongs to and what it changes: rows by layer, hubs, overlap, room left, size.
@@ -32,12 +34,16 @@ def inspect(
     Args:
         beside: other patches of the same memory, to count shared rows and the room that is left.
         background: file of `Background.save`; none: that of the run's folder, where there is one.
+        why: rows, as ROW or LAYER:ROW: list the examples that wrote them instead, with their shares.
     """
     from .adapter_file import open_patch
     from .background import Background
     from .row_report import belongs, row_report
 
     found = open_patch(patch)
+    if why:
+        _print_why(found, why, format)
+        return
     own = patch / "background.safetensors"
     file = background or (own if own.is_file() else None)
     read = None if file is None else Background.load(file)
@@ -72,6 +78,61 @@ def _print_report(report: Any, beside: Sequence[str]) -> None:
     print_plain("Its rows", header, rows)
     if report.metadata:
         print_plain("What trained it", ["", ""], [[key, json.dumps(value)] for key, value in report.metadata.items()])
+
+
+def _print_why(patch: Patch, wanted: Sequence[str], format: str) -> None:
+    """Who wrote these rows."""
+    from .table import print_plain
+
+    found = {row: patch.why(*row) for each in wanted for row in _rows_named(patch, each)}
+    if format == "json":
+        print(json.dumps({f"{layer}:{row}": writers for (layer, row), writers in found.items()}, indent=2))
+        return
+    for (layer, row), writers in found.items():
+        shares = [[name, f"{share:.1%}"] for name, share in writers.items()]
+        print_plain(f"Row {row} of layer {layer}, written by", ["example", "share of its way"], shares)
+
+
+def _rows_named(patch: Patch, wanted: str) -> list[tuple[int, int]]:
+    """Layer and row of LAYER:ROW; of ROW alone in every layer where the patch changes it."""
+    layer, _, row = wanted.rpartition(":")
+    if not row.isdecimal() or (layer and not layer.isdecimal()):
+        raise PatchError(f"--why {wanted!r}: expected ROW or LAYER:ROW, such as 4:1207")
+    if layer:
+        return [(int(layer), int(row))]
+    found = [(layer, int(row)) for layer, rows in patch.rows.items() if int(row) in rows.tolist()]
+    if not found:
+        raise PatchError(f"--why {wanted}: the patch changes row {row} at none of its layers {list(patch.rows)}")
+    return found
+
+
+def forget(
+    patch: Source,
+    /,
+    examples: Annotated[tuple[str, ...], tyro.conf.arg(metavar="IDS")],
+    output: Path,
+    share: float = 1.0,
+) -> None:
+    """Write the patch without the rows that only some examples wrote. This guarantees no unlearning.
+
+    What these examples taught may be in rows that others wrote too, and in how those were moved.
+
+    Args:
+        examples: ids of the examples.
+        output: file of the patch that is left.
+        share: of the way that a row moved, at least so much is theirs; 1: no other example wrote the row.
+    """
+    from .adapter_file import open_patch
+    from .patch_file import save_patch
+
+    found = open_patch(patch)
+    theirs = found.written_by(examples, share)
+    save_patch(found.without(theirs), output)
+    touched = found.written_by(examples, share=sys.float_info.min)
+    print(
+        f"reverted {_rows(theirs)} of {_rows(touched)} that these {len(examples)} examples wrote; the patch had "
+        f"{_rows(found)}: {output}"
+    )
 
 
 def apply(patch: Source, /, output: Path, to: Path | None = None) -> None:
@@ -185,5 +246,6 @@ def main(arguments: Sequence[str]) -> None:
         "revert": revert,
         "merge": merge,
         "diff": diff,
+        "forget": forget,
     }
     tyro.extras.subcommand_cli_from_dict(commands, prog="smf patch", description=__doc__, args=list(arguments))

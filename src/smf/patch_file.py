@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from .files import read_tensors, write_tensors
 from .fingerprint import base_hash, json_hash, tensors_hash
 from .memory import MemoryShape, ProductKeyMemory, memory_layers
 from .patch import Patch, from_tables, layout, same, tables_of
+from .provenance import Provenance, pair, provenance_of
 
 FORMAT = 1
 LORA_RANK = 16  # of the LoRA whose size a patch is shown beside
@@ -28,6 +31,7 @@ def save_patch(
     *,
     adapter: str | None = None,
     stored: Stored | None = None,
+    examples: Sequence[str] | None = None,
     **metadata: Any,
 ) -> Patch:
     """Write the rows that changed since the model's SparseMemoryOptimizer was made, and return them.
@@ -42,9 +46,12 @@ def save_patch(
         stored: "bfloat16" rounds the new rows to the nearest bfloat16, which halves a file of float32 rows. The patch
             that is returned has the rounded rows: it applies and reverts bit for bit, but does not fit the model that
             it was taken from. None: as they are.
+        examples: names of the examples by their `example_ids`, where the optimizer kept provenance; None: the ids.
         metadata: JSON values to keep with the patch, such as what trained it.
     """
-    patch = source if isinstance(source, Patch) else patch_of(source, adapter)
+    if examples is not None and isinstance(source, Patch):
+        raise PatchError("examples = ... names those of a model that was trained; a patch has its names already")
+    patch = source if isinstance(source, Patch) else patch_of(source, adapter, examples)
     if stored not in (None, "bfloat16"):
         raise PatchError(f'stored = {stored!r}; expected "bfloat16", or None for rows as they are')
     about = patch.metadata | ({"stored": stored} if stored else {})
@@ -63,8 +70,15 @@ def save_patch(
         from_start = same(old, start["values"][rows]) and all(same(t, start[kind]) for kind, t in others.items())
         if not from_start:
             tensors[f"{layer}.old"] = old
-            tensors |= {f"{layer}.{kind}.old": tensor for kind, tensor in others.items()}
+            tensors |= {f"{layer}.{kind}.old": tensor.clone() for kind, tensor in others.items()}  # old may be new
+        if patch.provenance is not None:
+            parts = {"counts": patch.provenance.counts, "examples": patch.provenance.examples}
+            parts |= {"moved": patch.provenance.moved}
+            tensors |= {f"{layer}.writers.{part}": of[layer] for part, of in parts.items()}
         about["layers"][str(layer)] |= {"start": tensors_hash(start), "from_start": from_start}
+    if patch.provenance is not None:
+        names = json.dumps(patch.provenance.names).encode()
+        tensors["examples"] = torch.frombuffer(bytearray(names), dtype=torch.uint8)
     header = about | {"format": FORMAT, "tensors": tensors_hash(tensors)}
     header |= {"checksum": json_hash(header)}
     patch = _patch(header, tensors)  # refuses what could not be read back, before it is written
@@ -87,7 +101,7 @@ def load_patch(path: str | Path) -> Patch:
 # -- from a model -----------------------------------------------------------------------------------------------------
 
 
-def patch_of(model: nn.Module, adapter: str | None = None) -> Patch:
+def patch_of(model: nn.Module, adapter: str | None = None, examples: Sequence[str] | None = None) -> Patch:
     """What changed since the model's optimizer was made; of a model without one, since the memory's start."""
     memories = memory_layers(model, adapter)
     if not memories:
@@ -100,7 +114,10 @@ def patch_of(model: nn.Module, adapter: str | None = None) -> Patch:
     ids = {layer: each.rows.ids.cpu() for layer, each in journals.items() if each is not None and each.table is None}
     patch = from_tables(config, base_hash(model), shapes, before, tables_of(memories), ids)
     patch.metadata["lora_numbers"] = _lora_numbers(model)
-    return patch
+    writers = next((each.writers for each in journals.values() if each is not None), None)
+    if writers is None and examples is not None:
+        raise PatchError("examples = ... but the optimizer was made without provenance=True")
+    return patch if writers is None else replace(patch, provenance=provenance_of(writers, patch.rows, examples))
 
 
 def _before(memory: ProductKeyMemory) -> dict[str, Tensor]:
@@ -158,7 +175,33 @@ def _patch(header: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
                 raise PatchError(f"layer {layer}: the new {kind} must be finite and like the old one")
         patch.rows[layer], patch.old[layer], patch.new[layer] = rows, old, new
         patch.old_others[layer], patch.new_others[layer] = old_others, others
-    return patch
+    return replace(patch, provenance=_provenance(patch.rows, tensors)) if "examples" in tensors else patch
+
+
+def _provenance(rows: dict[int, Tensor], tensors: dict[str, Tensor]) -> Provenance:
+    names = json.loads(bytes(tensors["examples"].tolist()))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
+        raise PatchError("the names of examples must be strings, each once")
+    found = Provenance(names, {}, {}, {})
+    for layer, ids in rows.items():
+        counts, examples, moved = (tensors[f"{layer}.writers.{part}"] for part in ("counts", "examples", "moved"))
+        kinds = [(torch.int64, (len(ids),)), (torch.int32, (len(examples),)), (torch.bfloat16, (len(examples),))]
+        if [(t.dtype, tuple(t.shape)) for t in (counts, examples, moved)] != kinds or int(counts.sum()) != len(
+            examples
+        ):
+            raise PatchError(
+                f"layer {layer}: the writers of {len(ids)} rows are not one count for each, and as many examples"
+            )
+        row_P = torch.arange(len(ids)).repeat_interleave(counts) if bool((counts >= 0).all()) else None
+        within = len(examples) == 0 or (int(examples.min()) >= 0 and int(examples.max()) < len(names))
+        if row_P is None or not within or not bool((pair(row_P, examples).diff() > 0).all()):
+            raise PatchError(
+                f"layer {layer}: the writers of each row must ascend within {len(names)} examples, each once"
+            )
+        if not bool((moved.isfinite() & (moved >= 0)).all()):
+            raise PatchError(f"layer {layer}: what examples moved must be finite and not below 0")
+        found.counts[layer], found.examples[layer], found.moved[layer] = counts, examples, moved
+    return found
 
 
 def _check_rows(layer: int, shape: MemoryShape, rows: Tensor, new: Tensor, stored: torch.dtype) -> None:

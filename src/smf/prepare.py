@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -35,7 +36,8 @@ def load(recipe: Recipe) -> Loaded:
         healing = load_text(recipe, recipe.heal.source, tokenizer)
     replay: list[Example] = []
     if recipe.replay is not None and any(method.replay for method in recipe.methods.values()):
-        replay = load_text(recipe, recipe.replay.source, tokenizer)
+        texts = load_text(recipe, recipe.replay.source, tokenizer)
+        replay = [dataclasses.replace(text, id=f"replay {text.id}") for text in texts]  # not an example's id
     texts = {
         tuple(item.ids)
         for scored_set in scored.values()

@@ -17,11 +17,22 @@ def world_size() -> int:
 
 def sum_reads(reads: Reads) -> Reads:
     """The reads of all ranks together, equal to the last bit on each of them."""
+    rows, c, hits = sum_by_id(reads.rows_R, reads.c_R, reads.hits_R)
+    return Reads(rows, c, hits)
+
+
+def sum_by_id(ids_R: Tensor, *columns_R: Tensor) -> list[Tensor]:
+    """The ids of all ranks, ascending, and of each column the sums by id, equal to the last bit on each rank.
+
+    Args:
+        ids_R: of this rank, each once.
+        columns_R: a number for each id.
+    """
     world = world_size()
     if world == 1:
-        return reads
-    device = reads.rows_R.device
-    size = torch.tensor([len(reads.rows_R)], device=device)
+        return [ids_R, *columns_R]
+    device = ids_R.device
+    size = torch.tensor([len(ids_R)], device=device)
     sizes = [torch.zeros_like(size) for _ in range(world)]
     dist.all_gather(sizes, size)
     lengths = torch.cat(sizes).tolist()
@@ -34,14 +45,15 @@ def sum_reads(reads: Reads) -> Reads:
         dist.all_gather(all_ranks, padded)
         return [column[:length] for column, length in zip(all_ranks, lengths, strict=True)]
 
-    rows, counts, hits = gather(reads.rows_R), gather(reads.c_R), gather(reads.hits_R)
-    all_rows = torch.unique(torch.cat(rows))
-    total_c, total_hits = counts[0].new_zeros(len(all_rows)), hits[0].new_zeros(len(all_rows))
-    for rank_rows, c, h in zip(rows, counts, hits, strict=True):  # in rank order: no rounding differs between ranks
-        place = find(all_rows, rank_rows)[0]
-        total_c[place] += c
-        total_hits[place] += h
-    return Reads(all_rows, total_c, total_hits)
+    ids = gather(ids_R)
+    every = torch.unique(torch.cat(ids))
+    sums = []
+    for column in columns_R:
+        total = column.new_zeros(len(every))
+        for rank_ids, part in zip(ids, gather(column), strict=True):  # in rank order: no rounding differs between ranks
+            total[find(every, rank_ids)[0]] += part
+        sums.append(total)
+    return [every, *sums]
 
 
 def mean_(tensor: Tensor) -> None:

@@ -186,6 +186,8 @@ class Method:
     """smf: rows updated a step and layer."""
     train: Literal["rows", "rows+scale"] = "rows"
     """smf: what trains."""
+    provenance: bool = False
+    """smf: keep in the patch which examples wrote which rows."""
     heal: bool = False
     """smf: train the whole memory as [heal] says first."""
     memory: MemoryOptions | None = None
@@ -250,7 +252,9 @@ class Recipe:
         What files hold is not looked at, but for the module of a method of one's own: another model or data under the
         same name needs another output folder.
         """
-        keys = self._shared() | {"seed": self.seed, "method": dataclasses.asdict(self.methods[method])}
+        own = dataclasses.asdict(self.methods[method])
+        own = {key: value for key, value in own.items() if key not in LATER or value != LATER[key]}
+        keys = self._shared() | {"seed": self.seed, "method": own}
         code = self.methods[method].code()
         if code is not None:
             keys["source"] = code
@@ -287,6 +291,7 @@ LATER = {
     "examples": 0,
     "recall": False,
     "lm_eval_tasks": "",
+    "provenance": False,
 }  # keys that recipes did not always have, and what they are where a recipe leaves them out
 
 

@@ -17,7 +17,9 @@ from .errors import ConfigError
 from .recipe import Method, Recipe, sources
 
 SHIPPED = Path(__file__).parent / "recipes"
-SMF = {"rule", "reads", "update", "select_every", "rows_per_step", "train", "heal", "lr_other", "layers", "memory"}
+SMF = {"rule", "reads", "update", "select_every", "rows_per_step", "train", "heal", "lr_other", "layers", "memory"} | {
+    "provenance"
+}
 KINDS: dict[str, set[str]] = {  # of methods, and the keys that each reads beside kind
     "base": set(),
     "smf": {"lr", "replay"} | SMF,

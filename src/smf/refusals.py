@@ -73,6 +73,15 @@ def check_healing(rule: str | Rule, background: Background | None) -> None:
     )
 
 
+def check_provenance(provenance: bool, update: str) -> None:
+    """Refuse an update that moves rows in steps that did not choose them."""
+    if provenance and update == "masked-adam":
+        raise ConfigError(
+            'provenance=True with update="masked-adam", which moves rows long after they were chosen, so that no '
+            'example of a step wrote them; use update="adam" or "sgd"'
+        )
+
+
 def check_background(rule: str | Rule, background: Any, memories: dict[int, ProductKeyMemory]) -> None:
     """Refuse a missing or foreign background."""
     if background is None:

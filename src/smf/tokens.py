@@ -1,8 +1,9 @@
-"""Telling tokens from pads inside an MLP, which does not see the attention mask."""
+"""What a memory must know of the batch, which an MLP does not see: which tokens are pads, and whose they are."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,6 +62,39 @@ class TokenMask:
                 f"from tokens; got {got}. Pass the 2-D mask, or none if nothing is padded"
             )
         return (mask != 0).reshape(-1)
+
+
+class ExampleIds:
+    """Takes `example_ids` out of a model's call and gives them to its memories."""
+
+    def __init__(self, model: nn.Module, memories: Iterable[Any]):
+        self._memories = list(memories)
+        self.handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    @classmethod
+    def watch(cls, model: nn.Module, memories: Iterable[Any], *, wanted: bool) -> None:
+        """Watch a model from now on, or no more."""
+        for hook in list(model._forward_pre_hooks.values()):
+            if isinstance(owner := getattr(hook, "__self__", None), cls):
+                owner.handle.remove()
+        for memory in (memories := list(memories)):
+            memory.example_ids = None
+        if wanted:
+            cls(model, memories)
+
+    def _look(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        ids = kwargs.pop("example_ids", None)
+        if module.training and torch.is_grad_enabled():
+            whole = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dim() in (1, 2) and ids.numel()
+            if not whole or int(ids.min()) < 0 or int(ids.max()) >= 2**32:
+                got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+                raise TrainingError(
+                    "provenance=True: every training batch must have example_ids, whole numbers from 0 to 2**32 - 1, "
+                    f"[B] or [B, S]; got {got}. With Trainer: a column example_ids, and remove_unused_columns=False"
+                )
+            for memory in self._memories:
+                memory.example_ids = ids
+        return args, kwargs
 
 
 def _equal(a: Any, b: Any) -> bool:

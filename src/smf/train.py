@@ -106,6 +106,7 @@ def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded
         loss=options.loss,
         name=name,
         on_the_way=ScoreOnTheWay(files, score_now),
+        places=loaded.places if method.provenance else {},
     )
     result: dict[str, Any] = {"steps": steps, "seconds": seconds}
     if peak:

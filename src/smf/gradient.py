@@ -1,0 +1,64 @@
+"""The gradient of chosen rows, from the factors that backward passes left.
+
+Shape letters: T tokens, R reads a token, t rows chosen in a layer, P pairs of a row and an example, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .memory import GATHER_ELEMENTS, Factors
+from .provenance import pair
+from .rows import find
+
+
+def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor) -> Tensor:
+    """Gradient `[t, D]` of the rows `rows_t` (ascending) from the factors of some backward passes.
+
+    Each chosen row is the weighted sum of the gradients of the tokens that read it: an embedding bag over tokens, so
+    that neither time nor memory depends on the size of the table.
+    """
+    grad_tD = torch.zeros(len(rows_t), like.shape[1], dtype=torch.promote_types(like.dtype, torch.float32)).to(
+        like.device
+    )
+    for f in factors:
+        slot, chosen = find(rows_t, f.idx_TR.flatten().long())
+        read = chosen.nonzero().squeeze(1)  # positions in the flattened [T, R]
+        slot_sorted, order = torch.sort(slot[read], stable=True)
+        read = read[order]
+        starts = torch.searchsorted(slot_sorted, torch.arange(len(rows_t), device=slot.device))
+        token, weight = read // f.idx_TR.shape[1], f.w_TR.flatten()[read]
+        grad_tD += F.embedding_bag(token, f.g_TD, starts, per_sample_weights=weight, mode="sum")
+    return grad_tD
+
+
+def parts_by_example(factors: list[Factors], rows_t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm of what each example adds to the gradient of each of the rows `rows_t`, where it adds anything.
+
+    Args:
+        factors: with `examples_T`.
+        rows_t: ascending.
+        like: the table, for width and device.
+
+    Returns:
+        `pair_P`, a row and an example in one number (`provenance.pair`), and `norm_P` in float64; an example that is
+        in several of the factors has several entries.
+    """
+    pairs = [torch.empty(0, dtype=torch.int64, device=like.device)]
+    norms = [pairs[0].double()]
+    for f in factors:
+        assert f.examples_T is not None  # the optimizer that asks for provenance has seen to it
+        examples_E, local_T = torch.unique(f.examples_T, return_inverse=True)
+        split = replace(f, idx_TR=f.idx_TR.long() * len(examples_E) + local_T.unsqueeze(1))  # a row for each example
+        read_TR = find(rows_t, f.idx_TR.flatten().long())[1].view(f.idx_TR.shape)
+        both_P = torch.unique(split.idx_TR[read_TR])
+        for some in both_P.split(max(1, GATHER_ELEMENTS // like.shape[1])):
+            norm = row_gradient([split], some, like).norm(dim=-1).double()
+            some, norm = some[norm > 0], norm[norm > 0]
+            pairs.append(pair(some // len(examples_E), examples_E[some % len(examples_E)]))
+            norms.append(norm)
+    return torch.cat(pairs), torch.cat(norms)
