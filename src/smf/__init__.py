@@ -20,6 +20,7 @@ from .memory import ProductKeyMemory, memory_layers
 from .optimizer import SparseMemoryOptimizer, StepReport
 from .patch import Patch
 from .patch_file import load_patch, save_patch
+from .serving import PatchSwitch
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "DataError",
     "Patch",
     "PatchError",
+    "PatchSwitch",
     "ProductKeyMemory",
     "SmfError",
     "SparseMemoryConfig",

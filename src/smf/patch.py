@@ -74,11 +74,11 @@ class Patch:
 
     def apply(self, model: nn.Module, adapter: str | None = None) -> None:
         """Put the new rows in place of the old ones; refuses, changing nothing, where a row is not its old value."""
-        self.put_into(_fitting_tables(model, adapter, self, "apply"), "apply")
+        self.put_into(fitting_tables(model, adapter, self, "apply"), "apply")
 
     def revert(self, model: nn.Module, adapter: str | None = None) -> None:
         """Put the old rows back; refuses, changing nothing, where a row is not its new value."""
-        self.put_into(_fitting_tables(model, adapter, self, "revert"), "revert")
+        self.put_into(fitting_tables(model, adapter, self, "revert"), "revert")
 
     @torch.no_grad()
     def put_into(self, tables: Tables, verb: str) -> None:
@@ -203,13 +203,13 @@ class Patch:
         """
         if not 0 < share <= 1:
             raise ConfigError(f"share = {share}; expected a number above 0, up to 1")
-        part = self._take(self._known().written_by(examples, share))
+        part = self.take(self._known().written_by(examples, share))
         # beside their rows nothing is theirs: the scale is left as it is
         return replace(part, old_others=self.new_others)
 
     def without(self, part: Patch) -> Patch:
         """The patch without the rows of a part of it."""
-        return self._take({layer: ~torch.isin(rows, part.rows[layer]) for layer, rows in self.rows.items()})
+        return self.take({layer: ~torch.isin(rows, part.rows[layer]) for layer, rows in self.rows.items()})
 
     def _known(self) -> Provenance:
         if self.provenance is None:
@@ -219,7 +219,7 @@ class Patch:
             )
         return self.provenance
 
-    def _take(self, which: dict[int, Tensor]) -> Patch:
+    def take(self, which: dict[int, Tensor]) -> Patch:
         """Some of the rows of each layer, by mask."""
         rows, old, new = ({n: side[n][keep] for n, keep in which.items()} for side in (self.rows, self.old, self.new))
         known = None if self.provenance is None else self.provenance.take(which)
@@ -364,7 +364,9 @@ def tables_of(memories: Mapping[int, ProductKeyMemory]) -> Tables:
     return {layer: {kind: memory.tensor(kind) for kind in memory.kinds} for layer, memory in memories.items()}
 
 
-def _fitting_tables(model: nn.Module, adapter: str | None, patch: Patch, verb: str) -> Tables:
+def fitting_tables(
+    model: nn.Module, adapter: str | None, patch: Patch, verb: str, known_hash: str | None = None
+) -> Tables:
     """The model's memories, after checking that base, shapes and frozen parameters are those of the patch."""
     try:
         memories = memory_layers(model, adapter)
@@ -376,7 +378,7 @@ def _fitting_tables(model: nn.Module, adapter: str | None, patch: Patch, verb: s
             f"cannot {verb}: the patch is for memory at layers {wanted}, the model has some at {list(memories)}; "
             "attach it with get_peft_model(base, patch.config)"
         )
-    patch.check_hash(base_hash(model), verb)
+    patch.check_hash(known_hash or base_hash(model), verb)
     for layer, memory in memories.items():
         if memory.shape != patch.shape(layer):
             raise PatchError(
