@@ -283,7 +283,7 @@ def test_values_and_intervals_of_the_table_are_those_of_stats(tmp_path: Path):
     got = change([run["general-text"]["records"] for run in runs], base["general-text"]["records"], "nats")
     mean = sum(run["general-text"]["metrics"]["perplexity"] for run in runs) / 3
     numbers = [points(number, 3) for number in (got.value, got.low, got.high)]
-    assert lora[5] == f"{mean:.2f}|{numbers[0]}|{numbers[1]} to {numbers[2]}|"
+    assert lora[5] == f"{mean:.3f}|{numbers[0]}|{numbers[1]} to {numbers[2]}|"
     assert reader.row("Scores", "base")[1] == f"{100 * base['held-out']['metrics']['acc']:.1f}|"
     assert lora[0] == "lora|3 seeds|"
     assert reader.row(COSTS, "smf-all-rows")[-4:] == ["4,038|", "9,437,184|", "41|", "900|"]

@@ -192,7 +192,7 @@ def _layer_order(name: str) -> tuple[int, str]:
 def _score(point: Point, column: Column) -> str:
     """A score as the table shows it."""
     if column.metric == "nats" and column.role != "divergence":
-        return number_text(point.mean(column.scored, "perplexity"), 2)
+        return number_text(point.mean(column.scored, "perplexity"), 3)  # as in the terminal
     return number_text(column.scale * point.mean(column.scored, column.metric), column.digits)
 
 
