@@ -105,7 +105,7 @@ def test_a_patch_is_hardly_larger_than_its_rows(tmp_path: Path):
     train(model, steps=6, rows_per_step=400, lr=0.1)
     patch = smf.save_patch(model, tmp_path / "a.smf")
     rows = sum(new.numel() * new.element_size() for new in patch.new.values())
-    assert rows < (tmp_path / "a.smf").stat().st_size < 1.05 * rows + 8 * sum(map(len, patch.rows.values())) + 6000
+    assert rows < (tmp_path / "a.smf").stat().st_size < 1.05 * rows + 4000
 
 
 def test_the_size_of_a_lora_is_noted_for_comparison(trained: nn.Module, tmp_path: Path):
@@ -300,3 +300,82 @@ def test_an_error_in_the_middle_of_applying_leaves_nothing_applied(trained: nn.M
     with pytest.raises(KeyboardInterrupt):
         patch.put_into(tables, "apply")
     assert equal(state(model), before)
+
+
+@pytest.mark.parametrize("config", [{"init": "paper"}, {"train": "rows+scale"}])
+def test_a_base_is_left_as_it_was_where_loading_is_refused(config: dict, tmp_path: Path):
+    model = tiny_model(**config)
+    train(model, lr=0.1)
+    patch_of = smf.save_patch(model, tmp_path / "first.smf")
+    train(model, lr=0.1)
+    on_top = smf.save_patch(model, tmp_path / "second.smf")
+    base = tiny_base()
+    before, names = logits(base), [name for name, _ in base.named_modules()]
+    with pytest.raises(smf.PatchError, match="not what the patch replaced|was changed since|differ from"):  # noqa: RUF043
+        smf.load(base, on_top)
+    cast = tiny_base().double()
+    with pytest.raises(smf.PatchError, match="is for"):
+        smf.load(cast, patch_of)
+    for model, like in ((base, names), (cast, names)):
+        assert [name for name, _ in model.named_modules()] == like
+    assert torch.equal(logits(base), before)
+    assert torch.equal(logits(smf.load(base, patch_of)), logits(smf.load(tiny_base(), patch_of)))
+    with pytest.raises(smf.PatchError, match="options"):
+        smf.load(tiny_base(), patch_of, dtype=torch.float32)
+
+
+def test_a_base_is_loaded_in_the_dtype_of_the_training(trained: nn.Module, tmp_path: Path):
+    tiny_base().bfloat16().save_pretrained(tmp_path / "base")
+    float32 = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = get_peft_model(float32, tiny_config())
+    train(model, lr=0.1)
+    patch = smf.save_patch(model, tmp_path / "a.smf")
+    assert torch.equal(logits(smf.load(tmp_path / "base", patch)), logits(model))
+    assert smf.load(tmp_path / "base", patch, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_adapters_that_hold_no_numbers_are_refused(trained: nn.Module, tmp_path: Path):
+    trained.save_pretrained(tmp_path / "a")  # type: ignore[operator]
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    name = next(name for name in tensors if name.endswith("values"))
+    tensors[name][3, 0] = float("nan")
+    save_file(tensors, tmp_path / "a" / TENSORS, metadata={"format": "pt"})
+    with pytest.raises(smf.PatchError, match="holds NaN or infinity"):
+        smf.open_patch(tmp_path / "a")
+
+
+def test_a_training_knows_of_patches_that_were_put_in_meanwhile(tmp_path: Path):
+    model, other = tiny_model(), tiny_model()
+    train(model, lr=0.1)
+    train(other, lr=0.1, seed=7)
+    a, b = smf.save_patch(model, tmp_path / "a.smf"), smf.save_patch(other, tmp_path / "b.smf")
+    a.revert(model)
+    b.apply(model)
+    assert same_patch(smf.save_patch(model, tmp_path / "again.smf"), b)
+
+
+def test_in_sequence_only_old_rows_that_are_not_the_start_are_stored(tmp_path: Path):
+    """A second training of many rows, a few of which an earlier one had changed."""
+    model = tiny_model(layers=[1], n_keys=64)
+    train(model, steps=1, rows_per_step=2, lr=0.1)
+    optimizer = train(model, steps=8, rows_per_step=400, lr=0.1, rule="all")
+    patch = smf.save_patch(model, tmp_path / "second.smf")
+    assert optimizer.last_step is not None
+    rows = len(patch.rows[1])
+    from_start = int((patch.old[1] == 0).all(-1).sum())
+    assert rows > 100 and 0 < rows - from_start <= 2
+    assert (tmp_path / "second.smf").stat().st_size < 1.05 * rows * 32 * 4 + 4000
+    loaded = smf.load_patch(tmp_path / "second.smf")
+    assert same_patch(loaded, patch) and torch.equal(loaded.old[1], patch.old[1])
+    smf.save_patch(loaded, tmp_path / "again.smf")
+    assert (tmp_path / "again.smf").read_bytes() == (tmp_path / "second.smf").read_bytes()
+
+
+def test_a_merge_with_rows_stored_in_bfloat16_rounds_nothing_more(tmp_path: Path):
+    models = [tiny_model(), tiny_model()]
+    for seed, model in enumerate(models):
+        train(model, lr=0.1, seed=7 * seed)
+    short = smf.save_patch(models[0], tmp_path / "a.smf", stored="bfloat16")
+    merged = short.merge(smf.save_patch(models[1], tmp_path / "b.smf"), policy="sum")
+    saved = smf.save_patch(merged, tmp_path / "both.smf")
+    assert same_patch(smf.load_patch(tmp_path / "both.smf"), merged) and same_patch(saved, merged)

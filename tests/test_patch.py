@@ -478,9 +478,13 @@ def test_a_file_that_is_no_patch_is_refused(tmp_path: Path):
 
 def test_a_newer_format_is_refused_by_its_number(patch_file: Path):
     tensors, header = read_file(patch_file)
-    forge(patch_file, tensors, header | {"format": 2})
-    with pytest.raises(smf.PatchError, match=r"format 2.*reads 1"):
+    forge(patch_file, tensors, header | {"format": 3})
+    with pytest.raises(smf.PatchError, match=r"format 3.*reads 2; update smf"):
         smf.load_patch(patch_file)
+    for known in (1, True, "2", None):
+        forge(patch_file, tensors, header | {"format": known})
+        with pytest.raises(smf.PatchError, match=r"reads 2; it was written by an earlier version"):
+            smf.load_patch(patch_file)
 
 
 def _set(key: str, value: Callable[[Tensor], Tensor]) -> Callable[[dict, dict], None]:
@@ -503,6 +507,13 @@ def _repeat_first(ids: Tensor) -> Tensor:
     return ids
 
 
+OLD_ROW = {"1.old": torch.ones(1, 32)}
+
+
+def _places(place: int) -> Tensor:
+    return torch.tensor([place], dtype=torch.int32)
+
+
 FORGED: dict[str, tuple[Callable[[dict, dict], Any], str]] = {
     "NaN rows": (_set("1.new", _first(float("nan"))), "NaN"),
     "infinite rows": (_set("1.new", _first(float("inf"))), "infinity"),
@@ -510,12 +521,35 @@ FORGED: dict[str, tuple[Callable[[dict, dict], Any], str]] = {
     "descending ids": (_set("1.ids", lambda ids: ids.flip(0)), "ascend"),
     "a negative id": (_set("1.ids", _first(-1)), "0 to 255"),
     "an id past the end": (_set("1.ids", lambda ids: ids + 256), "0 to 255"),
-    "32-bit ids": (_set("1.ids", Tensor.int), "int64"),
+    "64-bit ids": (_set("1.ids", Tensor.long), "int32"),
     "an id too many": (_set("1.ids", lambda ids: torch.arange(len(ids) + 1)), "one row of width 32"),
     "narrow rows": (_set("1.new", lambda rows: rows[:, :16]), "width 32"),
     "double rows": (_set("1.new", Tensor.double), "float64"),
     "a NaN scale": (_set("2.scale.new", _first(float("nan"))), "scale must be finite"),
-    "a wide scale": (_set("2.scale.new", lambda scale: torch.ones(3)), "like the old one"),
+    "a wide scale": (_set("2.scale.new", lambda scale: torch.ones(3)), "like the memory's"),
+    "a row from nowhere": (
+        lambda tensors, header: tensors.update(OLD_ROW | {"1.old_at": _places(999)}),
+        "a place of its own",
+    ),
+    "a row before the first": (
+        lambda tensors, header: tensors.update(OLD_ROW | {"1.old_at": _places(-1)}),
+        "a place of its",
+    ),
+    "a NaN old row": (
+        lambda tensors, header: tensors.update({"1.old": torch.full((1, 32), float("nan")), "1.old_at": _places(0)}),
+        "finite",
+    ),
+    "a NaN old scale": (
+        lambda tensors, header: tensors.update({"2.scale.old": torch.full((1,), float("nan"))}),
+        "finite",
+    ),
+    "no base": (lambda tensors, header: header.pop("base_hash"), "base_hash"),
+    "no metadata": (lambda tensors, header: header.pop("metadata"), "metadata"),
+    "no hash of what is frozen": (lambda tensors, header: header["layers"]["1"].pop("frozen"), "layers"),
+    "no layer at all": (lambda tensors, header: header.update(layers={}), "not those of its config"),
+    "a layer too few": (lambda tensors, header: header["layers"].pop("1"), "not those of its config"),
+    "no target modules": (lambda tensors, header: header["config"].update(target_modules=None), "not a valid patch"),
+    "stored in another dtype": (lambda tensors, header: header.update(stored="int8"), "stored"),
     "no new rows": (lambda tensors, header: tensors.pop("1.new"), "not a valid patch"),
     "no layers": (lambda tensors, header: header.update(layers=[1]), "not a valid patch"),
     "an unknown option": (lambda tensors, header: header["config"].update(colour="red"), "colour"),

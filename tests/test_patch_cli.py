@@ -111,6 +111,16 @@ def test_a_report_without_a_background_says_nothing_of_hubs(patches: dict):
     other = smf.read_background(tiny_model(layers=[1]), [batch(4, 12)])
     with pytest.raises(smf.ConfigError, match=r"the background is of layers \[1\], the patch of \[1, 2\]"):
         row_report(patches["a"], background=other)
+    larger = smf.read_background(tiny_model(n_keys=64), [batch(4, 12)])
+    with pytest.raises(smf.ConfigError, match="it is of another memory"):
+        row_report(patches["a"], background=larger)
+
+
+def test_an_output_that_cannot_be_written_is_one_message(patches: dict, tmp_path: Path):
+    (tmp_path / "there").write_text("a file")
+    with pytest.raises(smf.PatchError, match="nothing was changed"):
+        main(["apply", str(tmp_path / "a.smf"), "--output", str(tmp_path / "there")])
+    assert (tmp_path / "there").read_text() == "a file"
 
 
 def test_the_command_reaches_them_and_errors_are_one_line(

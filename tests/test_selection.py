@@ -534,7 +534,7 @@ def test_reports_are_short_enough_to_print():
     assert len(repr(background)) < 200
 
 
-def test_rows_of_an_earlier_training_are_spared_by_the_next():
+def test_rows_of_an_earlier_training_are_spared_by_the_next(tmp_path: Path):
     model = tiny_model()
     texts = [batch(4, 12, seed) for seed in range(3)]
     background = smf.read_background(model, texts)
@@ -556,7 +556,17 @@ def test_rows_of_an_earlier_training_are_spared_by_the_next():
         rows = patch_of(again).rows
         return sum(int(torch.isin(rows[layer], written[layer]).sum()) for layer in rows)
 
-    for rule in ("kl", "tfidf"):
-        assert overlap(rule, spared) < overlap(rule, background), rule
+    for rule in ("kl", "tfidf", "tf", "random"):
+        assert overlap(rule, spared) == 0 < overlap(rule, background), rule
+    saved = tmp_path / "background.safetensors"
+    spared.save(saved)
+    assert overlap("kl", smf.Background.load(saved)) == 0
+    with pytest.raises(smf.BackgroundError, match="must be ids from 0"):
+        background.protecting({1: torch.tensor([-1])})
+    lists = background.protecting({layer: ids.tolist() for layer, ids in written.items()})  # type: ignore[misc]
+    assert lists.corpus == spared.corpus
+    # with fewer other rows read than a step takes, spared ones are chosen too
+    every = background.protecting({layer: torch.arange(256) for layer in written})
+    assert overlap("kl", every) > 0
     with pytest.raises(smf.BackgroundError, match=r"rows of layers \[7\] cannot be protected"):
         background.protecting({7: torch.tensor([1])})

@@ -74,8 +74,8 @@ def test_what_does_not_fit_is_refused_when_added(patches: dict[str, smf.Patch]):
         smf.PatchSwitch(get_peft_model(tiny_base(seed=1), tiny_config())).add("a", patch)
     with pytest.raises(PatchError, match=r"memory at layers \[1, 2\]"):
         smf.PatchSwitch(tiny_model(layers=[1])).add("a", patch)
-    with pytest.raises(PatchError, match="cannot add"):
-        smf.PatchSwitch(tiny_base()).add("a", patch)
+    with pytest.raises(PatchError, match="has no memory layers"):
+        smf.PatchSwitch(tiny_base())
 
 
 def test_generation_with_and_without_a_cache_is_the_same(patches: dict[str, smf.Patch]):
@@ -105,3 +105,33 @@ def test_what_vllm_looks_for_is_not_there(patches: dict[str, smf.Patch], tmp_pat
     assert {"r", "lora_alpha"} & set(config) == set()
     page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
     assert "Missing required configuration fields: {'r', 'lora_alpha'}" in page
+
+
+def test_a_patch_is_added_as_if_no_other_were_there(tmp_path: Path):
+    """One with a scale of its own is active; and one that was trained on top of another can never take its turn."""
+    base, made = tiny_model(train="rows+scale"), {}
+    for name, seed in (("one", 0), ("two", 5)):
+        model = tiny_model(train="rows+scale")
+        train(model, steps=3, seed=seed, lr=0.1)
+        made[name] = smf.save_patch(model, tmp_path / name)
+    train(model, steps=2, seed=9, lr=0.1)
+    on_top = smf.save_patch(model, tmp_path / "on top")
+    switch = smf.PatchSwitch(base)
+    switch.add("one", made["one"])
+    switch.use("one")
+    shown = logits(base)
+    switch.add("two", made["two"])
+    with pytest.raises(PatchError, match=r"not what the patch replaced|differ from those the patch was trained with"):
+        switch.add("on top", on_top)
+    assert switch.active == "one" and torch.equal(logits(base), shown) and switch.names == ["one", "two"]
+
+
+def test_a_switch_keeps_to_its_adapter(patches: dict[str, smf.Patch], model: torch.nn.Module):
+    switch = smf.PatchSwitch(model)
+    switch.add("law", patches["law"])
+    model.add_adapter("second", tiny_config(seed=3))  # type: ignore[operator]
+    model.set_adapter("second")  # type: ignore[operator]
+    switch.use("law")
+    assert not any(memory.values.any() for memory in smf.memory_layers(model, "second").values())
+    switch.use(None)
+    assert not any(memory.values.any() for memory in smf.memory_layers(model, "default").values())

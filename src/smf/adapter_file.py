@@ -18,7 +18,7 @@ from .errors import PatchError, SmfError
 from .files import write_atomically
 from .fingerprint import MEMORY_PREFIX
 from .memory import MemoryShape
-from .patch import Patch, Tables, check_frozen, from_tables
+from .patch import DTYPES, Patch, Tables, check_frozen, from_tables
 from .patch_file import load_patch
 from .table_rows import with_whole_tables
 
@@ -69,17 +69,25 @@ def load(base: Any, patch: str | Path | Patch, **options: Any) -> Any:
     Args:
         base: a loaded base, or what `AutoModelForCausalLM.from_pretrained` takes.
         patch: a file, or whatever else `open_patch` takes.
-        options: of `from_pretrained`.
+        options: of `from_pretrained`; without a dtype among them, the base is loaded in that of the training.
 
     Raises:
         PatchError: for a base that the patch does not belong to, or a patch that was trained on more than config and
-            seed give (load the adapter that it was trained on, and `patch.apply` it).
+            seed give (load the adapter that it was trained on, and `patch.apply` it). A loaded base is left as it was.
     """
     patch = patch if isinstance(patch, Patch) else open_patch(patch)
+    if isinstance(base, nn.Module) and options:
+        raise PatchError(f"options {sorted(options)} are of from_pretrained, but the base is a loaded model")
+    put_into_adapter(patch, fresh_adapter(patch), "apply")  # refuses before the base is touched
+    options = {"dtype": DTYPES[patch.metadata["dtype"]]} | options
     model = base if isinstance(base, nn.Module) else AutoModelForCausalLM.from_pretrained(base, **options)
     patch.check_base(model)
     model: Any = get_peft_model(model, patch.config)  # type: ignore[arg-type]
-    patch.apply(model)
+    try:
+        patch.apply(model)
+    except PatchError:  # a base in another dtype has a memory in another
+        model.unload()
+        raise
     return model.eval()
 
 
@@ -87,6 +95,10 @@ def patch_of_adapter(folder: str | Path) -> Patch:
     """What differs in a saved adapter from the reproducible start of its memory."""
     found = read_adapter(folder)
     before = {layer: shape.start() for layer, shape in found.shapes.items()}
+    for layer, table in found.tables.items():
+        wrong = [kind for kind, tensor in table.items() if not bool(tensor.isfinite().all())]
+        if wrong:
+            raise PatchError(f"the adapter in {folder} holds NaN or infinity in {wrong} of layer {layer}")
     return from_tables(found.config, found.config.base_hash, found.shapes, before, found.tables)
 
 
@@ -100,6 +112,8 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         raise PatchError(f"{folder} has no adapter that can be read: {error}") from error
     if not isinstance(config, SparseMemoryConfig) or not config.target_modules or not config.layers:
         raise PatchError(f"the adapter in {folder} is no sparse memory, but {config.peft_type}")
+    if len(config.layers) != len(config.target_modules):
+        raise PatchError(f"{folder / CONFIG} names {len(config.target_modules)} modules for layers {config.layers}")
     modules = dict(zip(config.layers, config.target_modules, strict=True))
     try:
         names = {layer: _full_name(tensors, name) for layer, name in modules.items()}

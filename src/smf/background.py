@@ -24,11 +24,15 @@ FORMAT = 1
 
 @dataclass
 class LayerCounts:
-    """Rows of one layer that the background read: ids ascending, reads `b`, documents that read them `df`."""
+    """Rows of one layer that the background read: ids ascending, reads `b`, documents that read them `df`.
+
+    `spared` are ids, ascending, of rows that are to be chosen last, whoever read them.
+    """
 
     ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     b: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     df: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    spared: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
     def total(self) -> int:
@@ -68,13 +72,22 @@ class Background:
         return f"Background(n_docs={self.n_docs}, rows_read={rows}, identity={self.identity[:12]!r})"
 
     def at(self, layer: int, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        """`b_R` and `df_R` in float64 on the device of `rows_R`; rows that no document read have zero."""
+        """`b_R` and `df_R` in float64 on the device of `rows_R`; rows that no document read have zero.
+
+        Spared rows count as read by every document, as often as the most-read row is.
+        """
         counts = self.layers[layer]
         position_R, found_R = find(counts.ids, rows_R.cpu())
         b_R, df_R = torch.zeros(2, len(found_R), dtype=torch.float64)
         b_R[found_R] = counts.b[position_R[found_R]].double()
         df_R[found_R] = counts.df[position_R[found_R]].double()
+        spared_R = self.spared(layer, rows_R.cpu())
+        b_R[spared_R], df_R[spared_R] = float(counts.b.max()) if len(counts.b) else 1.0, float(self.n_docs)
         return b_R.to(rows_R.device), df_R.to(rows_R.device)
+
+    def spared(self, layer: int, rows_R: Tensor) -> Tensor:
+        """Which of the rows are to be chosen last, `[R]`, bool."""
+        return torch.isin(rows_R, self.layers[layer].spared.to(rows_R.device))
 
     def hubs(self, layer: int, n_rows: int) -> Tensor:
         """Ids, ascending, of the one percent of a layer's `n_rows` rows that general text reads most."""
@@ -83,7 +96,9 @@ class Background:
         return counts.ids[order[: max(1, n_rows // 100)]].sort().values
 
     def protecting(self, rows: Mapping[int, Tensor]) -> Background:
-        """A background that also reads some rows: each document does, as often in all as the most-read row is read.
+        """A background that spares some rows: a step chooses them only where it read too few others.
+
+        They also count as read by general text, by every document, as often as the most-read row is.
 
         Args:
             rows: ids by layer, such as `patch.rows` of an earlier training that the next one is to spare.
@@ -94,14 +109,13 @@ class Background:
                 f"rows of layers {strange} cannot be protected; the background is of {list(self.layers)}"
             )
         layers = dict(self.layers)
-        for layer, ids in rows.items():
-            counts = self.layers[layer]
-            both = torch.unique(torch.cat([counts.ids, ids.cpu()]))
-            b, df = (column.long() for column in self.at(layer, both))
-            spared = torch.isin(both, ids.cpu())
-            most = int(counts.b.max()) if len(counts.b) else 1
-            layers[layer] = LayerCounts(both, torch.where(spared, most, b), torch.where(spared, self.n_docs, df))
-        written = tensors_hash({str(layer): ids for layer, ids in rows.items()})
+        for layer, given in rows.items():
+            ids = torch.as_tensor(given).cpu()
+            if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or bool((ids < 0).any()):
+                raise BackgroundError(f"rows of layer {layer} must be ids from 0; got {ids.dtype} {tuple(ids.shape)}")
+            spared = torch.unique(torch.cat([layers[layer].spared, ids.long()]))
+            layers[layer] = replace(layers[layer], spared=spared)
+        written = tensors_hash({str(layer): layers[layer].spared for layer in rows})
         return replace(self, layers=layers, corpus=json_hash([self.corpus, written]))
 
     def save(self, path: str | Path) -> None:
@@ -110,7 +124,7 @@ class Background:
         tensors = {
             f"{layer}.{name}": getattr(counts, name)
             for layer, counts in self.layers.items()
-            for name in ("ids", "b", "df")
+            for name in ("ids", "b", "df", "spared")
         }
         write_tensors(Path(path), tensors, "background", header)
 

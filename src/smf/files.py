@@ -58,10 +58,13 @@ def read_tensors(
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(f"smf_{kind}", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError, OSError) as cause:
+    except (SafetensorError, ValueError, OSError, RecursionError) as cause:
         raise error(f"{path} is not a readable {kind} file: {cause}") from cause
     if not isinstance(header, dict):
         raise error(f"{path} is a safetensors file, but not a {kind} of smf")
-    if header.get("format") != newest:
-        raise error(f"{path} has {kind} format {header.get('format')}; this version reads {newest}; update smf")
+    known = header.get("format")
+    if type(known) is not int or known != newest:
+        newer = type(known) is int and known > newest
+        advice = "update smf" if newer else "it was written by an earlier version, which is not read any more"
+        raise error(f"{path} has {kind} format {known!r}; this version reads {newest}; {advice}")
     return header, tensors

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import TrainingError
 from .memory import GATHER_ELEMENTS, Factors
 from .provenance import pair
 from .rows import find
@@ -51,7 +52,11 @@ def parts_by_example(factors: list[Factors], rows_t: Tensor, like: Tensor) -> tu
     pairs = [torch.empty(0, dtype=torch.int64, device=like.device)]
     norms = [pairs[0].double()]
     for f in factors:
-        assert f.examples_T is not None  # the optimizer that asks for provenance has seen to it
+        if f.examples_T is None:
+            raise TrainingError(
+                "provenance=True, but a backward pass does not know whose tokens its layers read: call the model that "
+                "the optimizer was made for, with example_ids, and checkpoint activations with use_reentrant=False"
+            )
         examples_E, local_T = torch.unique(f.examples_T, return_inverse=True)
         split = replace(f, idx_TR=f.idx_TR.long() * len(examples_E) + local_T.unsqueeze(1))  # a row for each example
         read_TR = find(rows_t, f.idx_TR.flatten().long())[1].view(f.idx_TR.shape)

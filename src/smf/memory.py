@@ -286,7 +286,7 @@ class ProductKeyMemory:
 
     def _examples(self, x: Tensor) -> Tensor | None:
         """Which example each token of `x` is of, `[T]`."""
-        if self.example_ids is None:
+        if self.example_ids is None or torch._C._current_graph_task_id() != -1:  # a checkpointed layer runs again
             return None
         tokens = x.shape[:-1].numel()
         if tokens % self.example_ids.numel():
@@ -297,8 +297,6 @@ class ProductKeyMemory:
         return self.example_ids.reshape(-1).repeat_interleave(tokens // self.example_ids.numel()).to(x.device)
 
     def _keeper(self, mask_T: Tensor | None, examples_T: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], None]:
-        again = examples_T is not None and torch._C._current_graph_task_id() != -1  # a layer that was checkpointed
-
         def keep(idx_TR: Tensor, w_TR: Tensor, g_TD: Tensor) -> None:
             if not self.attached:
                 raise TrainingError(
@@ -306,11 +304,6 @@ class ProductKeyMemory:
                     "gradient, so training would change nothing. Make one and give it to the loop: "
                     "Trainer(..., optimizers=(smf.SparseMemoryOptimizer(model, background, lr=...), None)); "
                     "to train something else beside a frozen memory, load it with is_trainable=False."
-                )
-            if again:  # with use_reentrant=False it is the first run that gets here
-                raise TrainingError(
-                    "provenance=True with use_reentrant=True: a layer that runs again in the backward pass does not "
-                    "know whose tokens it reads; checkpoint with use_reentrant=False"
                 )
             self._pending.append(Factors(idx_TR, w_TR.detach(), g_TD, mask_T, examples_T))
 
@@ -330,6 +323,12 @@ class ProductKeyMemory:
     def attach(self, consumer: Any, journal: Journal) -> None:
         """Let `consumer` (held weakly) take the factors from now on; the journal starts anew."""
         self._consumer, self.journal, self._pending = weakref.ref(consumer), journal, []
+
+    def note_old_rows(self, rows_t: Tensor) -> None:
+        """Keep what rows are now, where a training keeps what it changes and does not know them yet."""
+        if self.journal is not None and self.journal.table is None:
+            new = self.journal.rows.missing(rows_t.to(self.values.device))
+            self.journal.rows.add(new, old=self.values.detach()[new])
 
     def belongs_to(self, consumer: Any) -> bool:
         """Whether `consumer` is the last one that was attached."""

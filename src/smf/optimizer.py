@@ -244,7 +244,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
 
     def _update_rows(self, rows: dict[int, Tensor], grads: dict[int, Tensor]) -> None:
         for layer, memory in self.memories.items():
-            self._note_old_rows(memory, rows[layer])
+            memory.note_old_rows(rows[layer])
             before_tD = None if self._writers is None else memory.values[rows[layer]]
             if self._table_adamw is not None:
                 memory.values.grad = torch.zeros_like(memory.values)
@@ -290,12 +290,6 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for memory in self.memories.values():
             memory.drop()
-
-    def _note_old_rows(self, memory: ProductKeyMemory, rows_t: Tensor) -> None:
-        assert memory.journal is not None  # set by attach
-        if memory.journal.table is None:
-            new = memory.journal.rows.missing(rows_t)
-            memory.journal.rows.add(new, old=memory.values[new])
 
     def _follow_schedule(self, inner: torch.optim.Optimizer, group: dict[str, Any]) -> None:
         for inner_group in inner.param_groups:
@@ -355,6 +349,10 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             raise ConfigError("this is not the state of a SparseMemoryOptimizer")
         if mine["made_for"] != self._made_for():
             raise ConfigError(f"the state was made for {mine['made_for']}; this optimizer is for {self._made_for()}")
+        if (self._writers is None) != (mine.get("writers") is None):
+            known = "knows no" if mine.get("writers") is None else "has"
+            wanted = self._writers is None
+            raise ConfigError(f"the state {known} provenance; go on with provenance={wanted}, or begin anew")
         super().load_state_dict(state_dict)
         self.steps = mine["steps"]
         for layer, memory in self.memories.items():
@@ -365,8 +363,6 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             memory.journal.table = None if state["old_table"] is None else state["old_table"].to(memory.values)
             self._moments[layer].load_state_dict(state["moments"])
         if self._writers is not None:
-            if mine.get("writers") is None:
-                raise ConfigError("the state knows no provenance; go on with provenance=False, or begin anew")
             self._writers.load_state_dict(mine["writers"])
         for name, adamw in (("others", self._other_adamw), ("tables", self._table_adamw)):
             if adamw is not None:

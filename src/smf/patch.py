@@ -14,11 +14,12 @@ from .errors import ConfigError, PatchError
 from .fingerprint import base_hash, tensor_bytes, tensors_hash
 from .memory import MemoryShape, ProductKeyMemory, memory_layers
 from .provenance import Provenance, merge_provenance
-from .row_sets import Overlap, Policy, RowSet, merge_rows, overlap, same_rows
+from .row_sets import Difference, Overlap, Policy, RowSet, difference, merge_rows, overlap, same_rows
 from .rows import find
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16)}
 Tables = Mapping[int, Mapping[str, Tensor]]  # of each layer the parameters of its memory, by kind
+Side = Mapping[int, tuple[Tensor, Tensor, Mapping[str, Tensor]]]  # of each layer ids, rows, other parameters
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,13 +75,18 @@ class Patch:
 
     def apply(self, model: nn.Module, adapter: str | None = None) -> None:
         """Put the new rows in place of the old ones; refuses, changing nothing, where a row is not its old value."""
-        self.put_into(fitting_tables(model, adapter, self, "apply"), "apply")
+        self._put_into_model(model, adapter, "apply")
 
     def revert(self, model: nn.Module, adapter: str | None = None) -> None:
         """Put the old rows back; refuses, changing nothing, where a row is not its new value."""
-        self.put_into(fitting_tables(model, adapter, self, "revert"), "revert")
+        self._put_into_model(model, adapter, "revert")
 
-    @torch.no_grad()
+    def _put_into_model(self, model: nn.Module, adapter: str | None, verb: str) -> None:
+        memories = fitting_memories(model, adapter, self, verb)
+        for layer, memory in memories.items():
+            memory.note_old_rows(self.rows[layer])  # a training's own patch then knows of this one
+        self.put_into(tables_of(memories), verb)
+
     def put_into(self, tables: Tables, verb: str) -> None:
         """Apply or revert on the parameters of the memories, in place; nothing is changed after any error.
 
@@ -88,35 +94,43 @@ class Patch:
             tables: of a base, config and start that fit.
             verb: "apply" or "revert".
         """
-        old, new = (self.old, self.old_others), (self.new, self.new_others)
-        before, after = (old, new) if verb == "apply" else (new, old)
+        self.check_present(tables, verb)
+        before, after = (self._side(tables, apply) for apply in (verb != "apply", verb == "apply"))
+        try:
+            _copy(tables, after)
+        except BaseException:  # a key pressed: not half of it
+            _copy(tables, before)
+            raise
+
+    def check_present(self, tables: Tables, verb: str) -> None:
+        """Refuse memories where a row or another parameter is not what applying or reverting replaces."""
+        rows_before = self.old if verb == "apply" else self.new
+        others_before = self.old_others if verb == "apply" else self.new_others
         for layer, rows in self.rows.items():
             table = tables[layer]
-            present = table["values"][rows.to(table["values"].device)].cpu()
-            wrong = rows[~same_rows(present, before[0][layer])]
+            present = table["values"].detach()[rows.to(table["values"].device)].cpu()
+            wrong = rows[~same_rows(present, rows_before[layer])]
             if len(wrong) > 0:
                 raise PatchError(
                     f"cannot {verb}: {len(wrong)} of {len(rows)} rows of layer {layer} are not what the patch "
                     f"{'replaced' if verb == 'apply' else 'wrote'}: rows {wrong[:8].tolist()}. "
                     "Another training or patch changed them; nothing was changed now"
                 )
-            for kind, tensor in before[1][layer].items():
+            for kind, tensor in others_before[layer].items():
                 if not same(table[kind].cpu(), tensor):
                     raise PatchError(
                         f"cannot {verb}: {kind} of layer {layer} was changed since; nothing was changed now"
                     )
-        try:
-            self._copy(tables, *after)
-        except BaseException:  # out of memory, or a key pressed: not half of it
-            self._copy(tables, *before)
-            raise
 
-    def _copy(self, tables: Tables, rows: dict[int, Tensor], others: dict[int, dict[str, Tensor]]) -> None:
+    def _side(self, tables: Tables, new: bool) -> Side:
+        """Ids, rows and other parameters before or after the training, where the tables are."""
+        rows, others = (self.new, self.new_others) if new else (self.old, self.old_others)
+        found = {}
         for layer, ids in self.rows.items():
-            values = tables[layer]["values"]
-            values.index_copy_(0, ids.to(values.device), rows[layer].to(values.device))
-            for kind, tensor in others[layer].items():
-                tables[layer][kind].copy_(tensor)
+            device = tables[layer]["values"].device
+            moved = {kind: tensor.to(device) for kind, tensor in others[layer].items()}
+            found[layer] = (ids.to(device), rows[layer].to(device), moved)
+        return found
 
     # -- with other patches -------------------------------------------------------------------------------------------
 
@@ -153,16 +167,18 @@ class Patch:
             )
         for number, other in enumerate(others, 2):
             _check_siblings(self, other, number)
-        rows, clashes = {}, {}
+        rows, settled = {}, {}
         others_old: dict[int, dict[str, Tensor]] = {}
         others_new: dict[int, dict[str, Tensor]] = {}
         for layer in self.rows:
             sets = [patch.row_set(layer) for patch in patches]
             rows[layer], found = merge_rows(sets, policy, weights, f"layer {layer}")
-            clashes[str(layer)] = len(found)
+            settled[layer] = found
             others_old[layer], others_new[layer] = _merge_others(patches, layer, policy, weights)
         note = {"merged": [patch.metadata["metadata"] for patch in patches], "policy": policy, "weights": weights}
+        clashes = {str(layer): len(found) for layer, found in settled.items()}
         own = note | {"rows_of_several": clashes} | metadata
+        about = {key: value for key, value in self.metadata.items() if key != "stored"}  # rows may be new numbers
         known = [patch.provenance for patch in patches if patch.provenance is not None]
         ids = {layer: each.ids_R for layer, each in rows.items()}
         return Patch(
@@ -171,8 +187,15 @@ class Patch:
             {layer: each.new_RD for layer, each in rows.items()},
             others_old,
             others_new,
-            self.metadata | {"metadata": own},
-            merge_provenance(known, [p.rows for p in patches], ids) if len(known) == len(patches) else None,
+            about | {"metadata": own},
+            None
+            if len(known) < len(patches)
+            else merge_provenance(
+                known,
+                [p.rows for p in patches],
+                ids,
+                {layer: found if policy == "last" else found[:0] for layer, found in settled.items()},
+            ),
         )
 
     def overlap(self, other: Patch) -> dict[int, Overlap]:
@@ -183,7 +206,7 @@ class Patch:
     def diff(self, other: Patch) -> dict[int, Difference]:
         """By layer how the two differ in what they leave."""
         _check_siblings(self, other, 2)
-        return {layer: _difference(self.row_set(layer), other.row_set(layer)) for layer in self.rows}
+        return {layer: difference(self.row_set(layer), other.row_set(layer)) for layer in self.rows}
 
     # -- by example ---------------------------------------------------------------------------------------------------
 
@@ -201,6 +224,8 @@ class Patch:
             examples: their names.
             share: of the way that a row moved, at least so much is theirs; 1: no other example wrote the row.
         """
+        if isinstance(examples, str) or not all(isinstance(name, str) for name in examples):
+            raise ConfigError(f"examples must be several names of examples, such as ['17']; got {examples!r:.60}")
         if not 0 < share <= 1:
             raise ConfigError(f"share = {share}; expected a number above 0, up to 1")
         part = self.take(self._known().written_by(examples, share))
@@ -209,6 +234,8 @@ class Patch:
 
     def without(self, part: Patch) -> Patch:
         """The patch without the rows of a part of it."""
+        if list(part.rows) != list(self.rows):
+            raise PatchError(f"the part is of layers {list(part.rows)}, the patch of {list(self.rows)}")
         return self.take({layer: ~torch.isin(rows, part.rows[layer]) for layer, rows in self.rows.items()})
 
     def _known(self) -> Provenance:
@@ -224,33 +251,6 @@ class Patch:
         rows, old, new = ({n: side[n][keep] for n, keep in which.items()} for side in (self.rows, self.old, self.new))
         known = None if self.provenance is None else self.provenance.take(which)
         return replace(self, rows=rows, old=old, new=new, provenance=known)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How two patches differ at one layer.
-
-    Args:
-        only_first, only_second: ids of rows that one of them changes.
-        equal: ids of rows that both leave equal, to the last bit.
-        apart: ids of rows that they leave different.
-        distances: between the two values of each row in `apart`.
-    """
-
-    only_first: Tensor
-    only_second: Tensor
-    equal: Tensor
-    apart: Tensor
-    distances: Tensor
-
-
-def _difference(a: RowSet, b: RowSet) -> Difference:
-    shared = overlap(a, b).ids_R
-    mine, theirs = (side.take(torch.isin(side.ids_R, shared)) for side in (a, b))
-    equal = same_rows(mine.new_RD, theirs.new_RD)
-    distances = (mine.new_RD.double() - theirs.new_RD.double()).norm(dim=-1)
-    only = [side.ids_R[~torch.isin(side.ids_R, shared)] for side in (a, b)]
-    return Difference(only[0], only[1], shared[equal], shared[~equal], distances[~equal])
 
 
 def _merge_others(
@@ -302,6 +302,14 @@ def _check_siblings(first: Patch, other: Patch, number: int) -> None:
                 f"patch {number} was trained beside other queries, keys, gate, out or scale at layer {layer} than the "
                 "first (another healing?)"
             )
+
+
+@torch.no_grad()
+def _copy(tables: Tables, side: Side) -> None:
+    for layer, (ids, rows, others) in side.items():
+        tables[layer]["values"].index_copy_(0, ids, rows)
+        for kind, tensor in others.items():
+            tables[layer][kind].copy_(tensor)
 
 
 def from_tables(
@@ -364,9 +372,9 @@ def tables_of(memories: Mapping[int, ProductKeyMemory]) -> Tables:
     return {layer: {kind: memory.tensor(kind) for kind in memory.kinds} for layer, memory in memories.items()}
 
 
-def fitting_tables(
+def fitting_memories(
     model: nn.Module, adapter: str | None, patch: Patch, verb: str, known_hash: str | None = None
-) -> Tables:
+) -> dict[int, ProductKeyMemory]:
     """The model's memories, after checking that base, shapes and frozen parameters are those of the patch."""
     try:
         memories = memory_layers(model, adapter)
@@ -384,9 +392,8 @@ def fitting_tables(
             raise PatchError(
                 f"cannot {verb}: the memory at layer {layer} is {memory.shape}, the patch is for {patch.shape(layer)}"
             )
-    tables = tables_of(memories)
-    check_frozen(patch, tables, verb)
-    return tables
+    check_frozen(patch, tables_of(memories), verb)
+    return memories
 
 
 def check_frozen(patch: Patch, tables: Tables, verb: str) -> None:

@@ -125,12 +125,14 @@ def forget(
     from .adapter_file import open_patch
     from .patch_file import save_patch
 
+    if not examples:
+        raise PatchError("give the ids of the examples to forget: --examples ID ID ...")
     found = open_patch(patch)
     theirs = found.written_by(examples, share)
     save_patch(found.without(theirs), output)
     touched = found.written_by(examples, share=sys.float_info.min)
     print(
-        f"reverted {_rows(theirs)} of {_rows(touched)} that these {len(examples)} examples wrote; the patch had "
+        f"reverted {_rows(theirs)} of {_rows(touched)} that these {len(set(examples))} examples wrote; the patch had "
         f"{_rows(found)}: {output}"
     )
 
@@ -248,4 +250,7 @@ def main(arguments: Sequence[str]) -> None:
         "diff": diff,
         "forget": forget,
     }
-    tyro.extras.subcommand_cli_from_dict(commands, prog="smf patch", description=__doc__, args=list(arguments))
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="smf patch", description=__doc__, args=list(arguments))
+    except OSError as error:  # an output that cannot be written
+        raise PatchError(f"{error}; nothing was changed") from error

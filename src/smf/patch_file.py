@@ -19,8 +19,10 @@ from .fingerprint import base_hash, json_hash, tensors_hash
 from .memory import MemoryShape, ProductKeyMemory, memory_layers
 from .patch import Patch, from_tables, layout, same, tables_of
 from .provenance import Provenance, pair, provenance_of
+from .row_sets import same_rows
 
-FORMAT = 1
+FORMAT = 2
+WRITERS = ("counts", "examples", "moved", "rest")  # of each layer, where provenance is kept
 LORA_RANK = 16  # of the LoRA whose size a patch is shown beside
 Stored = Literal["bfloat16"]
 
@@ -63,27 +65,34 @@ def save_patch(
     tensors: dict[str, Tensor] = {}
     for layer, rows in patch.rows.items():
         new = patch.new[layer].bfloat16() if about.get("stored") else patch.new[layer]
-        tensors |= {f"{layer}.ids": rows, f"{layer}.new": new}
+        tensors |= {f"{layer}.ids": rows.int(), f"{layer}.new": new}  # there are less than 2**31 rows
         tensors |= {f"{layer}.{kind}.new": tensor for kind, tensor in patch.new_others[layer].items()}
         start = patch.shape(layer).start()
-        old, others = patch.old[layer], patch.old_others[layer]
-        from_start = same(old, start["values"][rows]) and all(same(t, start[kind]) for kind, t in others.items())
-        if not from_start:
-            tensors[f"{layer}.old"] = old
-            tensors |= {f"{layer}.{kind}.old": tensor.clone() for kind, tensor in others.items()}  # old may be new
-        if patch.provenance is not None:
-            parts = {"counts": patch.provenance.counts, "examples": patch.provenance.examples}
-            parts |= {"moved": patch.provenance.moved}
-            tensors |= {f"{layer}.writers.{part}": of[layer] for part, of in parts.items()}
-        about["layers"][str(layer)] |= {"start": tensors_hash(start), "from_start": from_start}
+        kept = _not_from_start(patch, layer, start)
+        tensors |= {f"{layer}.{name}": tensor.clone() for name, tensor in kept.items()}  # old may be new
+        about["layers"][str(layer)] |= {"start": tensors_hash(start)}
     if patch.provenance is not None:
-        names = json.dumps(patch.provenance.names).encode()
-        tensors["examples"] = torch.frombuffer(bytearray(names), dtype=torch.uint8)
+        tensors |= _provenance_tensors(patch.provenance)
     header = about | {"format": FORMAT, "tensors": tensors_hash(tensors)}
     header |= {"checksum": json_hash(header)}
     patch = _patch(header, tensors)  # refuses what could not be read back, before it is written
     write_tensors(Path(path), tensors, "patch", header)
     return patch
+
+
+def _not_from_start(patch: Patch, layer: int, start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Old values that config and seed do not give back, with the places of those rows among the patch's."""
+    old = patch.old[layer]
+    others = {f"{kind}.old": t for kind, t in patch.old_others[layer].items() if not same(t, start[kind])}
+    (places,) = (~same_rows(old, start["values"][patch.rows[layer]])).nonzero(as_tuple=True)
+    return others | ({"old": old[places], "old_at": places.int()} if len(places) else {})
+
+
+def _provenance_tensors(provenance: Provenance) -> dict[str, Tensor]:
+    names = bytearray(json.dumps(provenance.names).encode())
+    parts = {part: getattr(provenance, part) for part in WRITERS}
+    tensors = {f"{layer}.writers.{part}": tensor for part, of in parts.items() for layer, tensor in of.items()}
+    return tensors | {"examples": torch.frombuffer(names, dtype=torch.uint8)}
 
 
 def load_patch(path: str | Path) -> Patch:
@@ -94,7 +103,7 @@ def load_patch(path: str | Path) -> Patch:
         raise PatchError(f"{path} was altered: its content does not match its checksum")
     try:
         return _patch(header, tensors)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise PatchError(f"{path} is not a valid patch: {error}") from error
 
 
@@ -149,65 +158,92 @@ def _adapter_config(model: nn.Module, adapter: str) -> SparseMemoryConfig:
 
 def _patch(header: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
     about = {key: value for key, value in header.items() if key not in ("format", "tensors", "checksum")}
+    _check_header(about)
     patch = Patch({}, {}, {}, {}, {}, about)
     for key, layer_about in sorted(header["layers"].items(), key=lambda item: int(item[0])):
-        layer = int(key)
-        shape = patch.shape(layer)
+        layer, shape = int(key), patch.shape(int(key))
         rows, new = tensors[f"{key}.ids"], tensors[f"{key}.new"]
-        stored = torch.bfloat16 if header.get("stored") == "bfloat16" else shape.table_dtype
+        stored = torch.bfloat16 if header.get("stored") else shape.table_dtype
         _check_rows(layer, shape, rows, new, stored)
-        new = new.to(shape.table_dtype)
+        start = shape.start()
+        if tensors_hash(start) != layer_about["start"]:
+            raise PatchError(
+                f"layer {layer}: the start that config and seed give here is not what the patch was trained from; "
+                "this machine or torch draws other initial values"
+            )
+        rows, new = rows.long(), new.to(shape.table_dtype)
         others = {kind: tensors[f"{key}.{kind}.new"] for kind in layer_about["others"]}
-        if layer_about["from_start"]:
-            start = shape.start()
-            if tensors_hash(start) != layer_about["start"]:
-                raise PatchError(
-                    f"layer {layer}: the start that config and seed give here is not what the patch was trained from; "
-                    "this machine or torch draws other initial values"
-                )
-            old, old_others = start["values"][rows], {kind: start[kind] for kind in others}
-        else:
-            old, old_others = tensors[f"{key}.old"], {kind: tensors[f"{key}.{kind}.old"] for kind in others}
-        if layout(old) != layout(new):
-            raise PatchError(f"layer {layer}: old rows {tuple(old.shape)} do not match new rows {tuple(new.shape)}")
+        old_others = {kind: tensors.get(f"{key}.{kind}.old", start[kind]) for kind in others}
+        old = start["values"][rows]
+        if f"{key}.old" in tensors:
+            _put_old(layer, old, tensors[f"{key}.old"], tensors[f"{key}.old_at"])
         for kind, tensor in others.items():
-            if layout(tensor) != layout(old_others[kind]) or not bool(tensor.isfinite().all()):
-                raise PatchError(f"layer {layer}: the new {kind} must be finite and like the old one")
+            finite = all(bool(t.isfinite().all()) for t in (tensor, old_others[kind]))
+            if not layout(tensor) == layout(old_others[kind]) == layout(start[kind]) or not finite:
+                raise PatchError(f"layer {layer}: old and new {kind} must be finite and like the memory's")
         patch.rows[layer], patch.old[layer], patch.new[layer] = rows, old, new
         patch.old_others[layer], patch.new_others[layer] = old_others, others
     return replace(patch, provenance=_provenance(patch.rows, tensors)) if "examples" in tensors else patch
 
 
+def _check_header(about: dict[str, Any]) -> None:
+    """Refuse a header that lacks what applying and merging look at later."""
+    kinds = {"base_hash": str | None, "config": dict, "width": int, "dtype": str, "layers": dict, "metadata": dict}
+    wrong = [key for key, kind in kinds.items() if key not in about or not isinstance(about[key], kind)]
+    layers = [] if wrong else list(about["layers"].values())
+    wrong += (
+        ["layers"] if not all(isinstance(each, dict) and isinstance(each.get("frozen"), str) for each in layers) else []
+    )
+    if wrong or about.get("stored") not in (None, "bfloat16"):
+        raise PatchError(f"the patch's header is not whole: {wrong or ['stored']}")
+    config = about["config"]
+    named = [int(layer) for layer in about["layers"]]
+    if not named or sorted(named) != sorted(config["layers"]) or len(config["target_modules"]) != len(named):
+        raise PatchError(f"the patch's layers {named} are not those of its config, {config['layers']}")
+
+
+def _put_old(layer: int, old: Tensor, some: Tensor, places: Tensor) -> None:
+    """Old rows that are not the start's, in place."""
+    within = places.dtype == torch.int32 and bool((places.diff() > 0).all())
+    within = within and (not len(places) or (int(places[0]) >= 0 and int(places[-1]) < len(old)))
+    if not within or layout(some) != (old.dtype, (len(places), old.shape[1])) or not bool(some.isfinite().all()):
+        raise PatchError(f"layer {layer}: the old rows must be finite, like the new ones, each at a place of its own")
+    old[places.long()] = some
+
+
 def _provenance(rows: dict[int, Tensor], tensors: dict[str, Tensor]) -> Provenance:
-    names = json.loads(bytes(tensors["examples"].tolist()))
+    names = json.loads(tensors["examples"].numpy().tobytes())
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
         raise PatchError("the names of examples must be strings, each once")
-    found = Provenance(names, {}, {}, {})
+    found = Provenance(names, {}, {}, {}, {})
     for layer, ids in rows.items():
-        counts, examples, moved = (tensors[f"{layer}.writers.{part}"] for part in ("counts", "examples", "moved"))
-        kinds = [(torch.int64, (len(ids),)), (torch.int32, (len(examples),)), (torch.bfloat16, (len(examples),))]
-        if [(t.dtype, tuple(t.shape)) for t in (counts, examples, moved)] != kinds or int(counts.sum()) != len(
-            examples
-        ):
+        counts, examples, moved, rest = (tensors[f"{layer}.writers.{part}"] for part in WRITERS)
+        found_layouts = [(t.dtype, tuple(t.shape)) for t in (counts, examples, moved, rest)]
+        by_row, by_pair = (len(ids),), (len(examples),)
+        kinds = [(torch.int64, by_row), (torch.int32, by_pair), (torch.bfloat16, by_pair), (torch.bfloat16, by_row)]
+        whole = found_layouts == kinds and bool((counts >= 0).all()) and int(counts.sum()) == len(examples)
+        within = not len(examples) or (int(examples.min()) >= 0 and int(examples.max()) < len(names))
+        row_P = torch.arange(len(ids)).repeat_interleave(counts) if whole else examples
+        if not whole or not within or not bool((pair(row_P, examples).diff() > 0).all()):
             raise PatchError(
-                f"layer {layer}: the writers of {len(ids)} rows are not one count for each, and as many examples"
+                f"layer {layer}: the writers of {len(ids)} rows must be as many as are counted, ascending within "
+                f"{len(names)} examples, each once"
             )
-        row_P = torch.arange(len(ids)).repeat_interleave(counts) if bool((counts >= 0).all()) else None
-        within = len(examples) == 0 or (int(examples.min()) >= 0 and int(examples.max()) < len(names))
-        if row_P is None or not within or not bool((pair(row_P, examples).diff() > 0).all()):
-            raise PatchError(
-                f"layer {layer}: the writers of each row must ascend within {len(names)} examples, each once"
-            )
-        if not bool((moved.isfinite() & (moved >= 0)).all()):
+        if not all(bool((t.isfinite() & (t >= 0)).all()) for t in (moved, rest)):
             raise PatchError(f"layer {layer}: what examples moved must be finite and not below 0")
-        found.counts[layer], found.examples[layer], found.moved[layer] = counts, examples, moved
+        found.counts[layer], found.examples[layer], found.moved[layer], found.rest[layer] = (
+            counts,
+            examples,
+            moved,
+            rest,
+        )
     return found
 
 
 def _check_rows(layer: int, shape: MemoryShape, rows: Tensor, new: Tensor, stored: torch.dtype) -> None:
-    if rows.dtype != torch.int64 or rows.dim() != 1 or new.shape != (len(rows), shape.d) or new.dtype != stored:
+    if rows.dtype != torch.int32 or rows.dim() != 1 or new.shape != (len(rows), shape.d) or new.dtype != stored:
         raise PatchError(
-            f"layer {layer}: {len(rows)} ids ({rows.dtype}) with rows {tuple(new.shape)} ({new.dtype}); expected int64 "
+            f"layer {layer}: {len(rows)} ids ({rows.dtype}) with rows {tuple(new.shape)} ({new.dtype}); expected int32 "
             f"ids and one row of width {shape.d} ({stored}) for each"
         )
     if len(rows) and not (int(rows[0]) >= 0 and int(rows[-1]) < shape.n_rows and bool((rows.diff() > 0).all())):

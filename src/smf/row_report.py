@@ -60,6 +60,11 @@ def row_report(patch: Patch, others: Sequence[Patch] = (), background: Backgroun
     made = []
     for layer, rows in patch.rows.items():
         n_rows = patch.shape(layer).n_rows
+        if background is not None and len(known := background.layers[layer].ids) and int(known[-1]) >= n_rows:
+            raise ConfigError(
+                f"the background reads row {int(known[-1])} of layer {layer}, but the patch's table has {n_rows}: it "
+                "is of another memory"
+            )
         sizes = (patch.new[layer].double() - patch.old[layer].double()).norm(dim=-1)
         taken = torch.unique(torch.cat([rows, *(other.rows[layer] for other in others)]))
         read = None if background is None else background.layers[layer].ids
@@ -114,6 +119,7 @@ def belongs(patch: Patch, size: int, layers: Sequence[LayerReport]) -> Belongs:
     reads = f"{config.heads} heads x {config.knn} reads, {config.mode}, init {config.init}, seed {config.seed}"
     stored = ", stored in bfloat16" if patch.metadata.get("stored") else ""
     others = sorted({kind for kinds in patch.new_others.values() for kind in kinds})
+    known = patch.provenance
     about = {
         "base": f"{patch.metadata['base']} (weights {str(patch.metadata['base_hash'])[:12]})",
         "memory": f"layers {config.layers}, {shape.n_rows:,} rows of {shape.d}, {reads}",
@@ -121,6 +127,8 @@ def belongs(patch: Patch, size: int, layers: Sequence[LayerReport]) -> Belongs:
         "other parameters": ", ".join(others) or "none",
         "size": f"{size / 1e6:.2f} MB: {numbers:,} numbers{stored}",
     }
+    if known is not None:
+        about["examples"] = f"{len(known.names):,} are known to have written rows: --why LAYER:ROW"
     lora = patch.metadata.get("lora_numbers")
     if lora:
         megabytes = lora * shape.dtype.itemsize / 1e6

@@ -68,6 +68,34 @@ def overlap(a: RowSet, b: RowSet) -> Overlap:
     return Overlap(mine.ids_R, sizes_2R, (changes[0] * changes[1]).sum(-1) / sizes_2R.prod(0))
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How two patches differ at one layer.
+
+    Args:
+        only_first, only_second: ids of rows that one of them changes.
+        equal: ids of rows that both leave equal, to the last bit.
+        apart: ids of rows that they leave different.
+        distances: between the two values of each row in `apart`.
+    """
+
+    only_first: Tensor
+    only_second: Tensor
+    equal: Tensor
+    apart: Tensor
+    distances: Tensor
+
+
+def difference(a: RowSet, b: RowSet) -> Difference:
+    """How two sets of rows of one table differ in what they leave."""
+    shared = overlap(a, b).ids_R
+    mine, theirs = (side.take(torch.isin(side.ids_R, shared)) for side in (a, b))
+    equal = same_rows(mine.new_RD, theirs.new_RD)
+    distances = (mine.new_RD.double() - theirs.new_RD.double()).norm(dim=-1)
+    only = [side.ids_R[~torch.isin(side.ids_R, shared)] for side in (a, b)]
+    return Difference(only[0], only[1], shared[equal], shared[~equal], distances[~equal])
+
+
 def merge_rows(sets: Sequence[RowSet], policy: Policy, weights: Sequence[float], where: str) -> tuple[RowSet, Tensor]:
     """One set that changes what each of them changes, and the ids that more than one changed apart from each other.
 

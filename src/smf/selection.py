@@ -134,7 +134,10 @@ def select_rows(reads: Reads, scores_R: Tensor, t: int) -> Tensor:
 def score_rows(
     rule: Rule, reads: Reads, layer: int, background: Background | None, n_rows: int, generator: torch.Generator
 ) -> Tensor:
-    """Scores `[R]` of the rows read; without a background every row counts as never read by general text."""
+    """Scores `[R]` of the rows read; without a background every row counts as never read by general text.
+
+    Rows that the background spares are below all others, whatever the rule.
+    """
     device = reads.c_R.device
     if background is None:
         b_R, df_R = torch.zeros_like(reads.c_R), torch.zeros_like(reads.c_R)
@@ -148,4 +151,7 @@ def score_rows(
         raise ConfigError(f"the rule returned {got}; it must return one score for each of {len(reads.c_R)} rows read")
     if bool(scores_R.isnan().any()):
         raise ConfigError(f"the rule returned NaN for {int(scores_R.isnan().sum())} of {len(scores_R)} rows")
+    spared_R = None if background is None else background.spared(layer, reads.rows_R)
+    if spared_R is not None and bool(spared_R.any()):
+        scores_R = scores_R.to(device, torch.float64).masked_fill(spared_R, -torch.inf)
     return scores_R.to(device)

@@ -7,7 +7,7 @@ from torch import nn
 from .errors import PatchError
 from .fingerprint import base_hash
 from .memory import memory_layers
-from .patch import Patch, fitting_tables, tables_of
+from .patch import Patch, fitting_memories, tables_of
 
 
 class PatchSwitch:
@@ -21,7 +21,10 @@ class PatchSwitch:
     """
 
     def __init__(self, model: nn.Module, adapter: str | None = None):
-        self._model, self._adapter = model, adapter
+        memories = memory_layers(model, adapter)
+        if not memories:
+            raise PatchError("the model has no memory layers; attach them first: get_peft_model(base, patch.config)")
+        self._model, self._adapter = model, next(iter(memories.values())).adapter
         self._base_hash = base_hash(model)  # once: it reads every weight
         self._patches: dict[str, Patch] = {}
         self._active: str | None = None
@@ -40,11 +43,18 @@ class PatchSwitch:
         """Make a patch known under a name.
 
         Raises:
-            PatchError: for a patch of another base, config, seed or healing, and for a name that is taken.
+            PatchError: for a patch of another base, config, seed or healing, for one that was trained with another
+                patch applied, and for a name that is taken.
         """
         if name in self._patches:
             raise PatchError(f"there is a patch {name!r} already; choose another name, or remove that one first")
-        fitting_tables(self._model, self._adapter, patch, "add", self._base_hash)
+        active = self._active
+        self.use(None)  # it must fit without any other
+        try:
+            memories = fitting_memories(self._model, self._adapter, patch, "add", self._base_hash)
+            patch.check_present(tables_of(memories), "apply")
+        finally:
+            self.use(active)
         self._patches[name] = patch
 
     def remove(self, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -65,36 +65,61 @@ class TokenMask:
 
 
 class ExampleIds:
-    """Takes `example_ids` out of a model's call and gives them to its memories."""
+    """Takes `example_ids` out of a model's calls and gives them to its memories while the call lasts."""
 
-    def __init__(self, model: nn.Module, memories: Iterable[Any]):
-        self._memories = list(memories)
-        self.handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
+    def __init__(self, model: nn.Module):
+        self._memories: list[Any] = []
+        self._handles = [
+            model.register_forward_pre_hook(self._look, with_kwargs=True),
+            model.register_forward_hook(self._forget, always_call=True),
+        ]
 
     @classmethod
-    def watch(cls, model: nn.Module, memories: Iterable[Any], *, wanted: bool) -> None:
-        """Watch a model from now on, or no more."""
-        for hook in list(model._forward_pre_hooks.values()):
-            if isinstance(owner := getattr(hook, "__self__", None), cls):
-                owner.handle.remove()
-        for memory in (memories := list(memories)):
-            memory.example_ids = None
-        if wanted:
-            cls(model, memories)
+    def watch(cls, model: nn.Module, memories: Collection[Any], *, wanted: bool) -> None:
+        """Give some memories of a model the ids of its calls from now on, or no more."""
+        owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
+        own = next((owner for owner in owners if isinstance(owner, cls)), None)
+        if own is None and not wanted:
+            return
+        own = own or cls(model)
+        own._memories = [m for m in own._memories if all(m is not memory for memory in memories)]
+        own._memories += memories if wanted else []
+        if not own._memories:
+            for handle in own._handles:
+                handle.remove()
 
     def _look(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         ids = kwargs.pop("example_ids", None)
-        if module.training and torch.is_grad_enabled():
-            whole = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dim() in (1, 2) and ids.numel()
-            if not whole or int(ids.min()) < 0 or int(ids.max()) >= 2**32:
-                got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-                raise TrainingError(
-                    "provenance=True: every training batch must have example_ids, whole numbers from 0 to 2**32 - 1, "
-                    f"[B] or [B, S]; got {got}. With Trainer: a column example_ids, and remove_unused_columns=False"
-                )
+        learning = module.training and torch.is_grad_enabled()
+        if learning and any(memory.trainable and memory.attached for memory in self._memories):
+            ids = _checked(ids, args, kwargs)
             for memory in self._memories:
                 memory.example_ids = ids
         return args, kwargs
+
+    def _forget(self, *_: Any) -> None:
+        for memory in self._memories:
+            memory.example_ids = None
+
+
+def _checked(ids: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """Ids of examples that fit the batch; those of pads are 0."""
+    tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+    shape = tuple(tokens.shape[:2]) if isinstance(tokens, Tensor) else ()
+    whole = isinstance(ids, Tensor) and not ids.is_floating_point() and not ids.is_complex() and ids.dtype != torch.bool
+    fits = whole and tuple(ids.shape) in (shape, shape[:1])
+    mask = kwargs.get("attention_mask")
+    if fits and isinstance(mask, Tensor) and mask.shape == ids.shape:
+        ids = ids.masked_fill(mask.to(ids.device) == 0, 0)
+    if not fits or not ids.numel() or int(ids.min()) < 0 or int(ids.max()) >= 2**32:
+        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        got += f" from {int(ids.min())} to {int(ids.max())}" if fits and ids.numel() else ""
+        raise TrainingError(
+            "provenance=True: every training batch must have example_ids, whole numbers from 0 to 2**32 - 1, one for "
+            f"each of its sequences or tokens {shape}; got {got}. With Trainer: a column example_ids, "
+            "remove_unused_columns=False, and a collator that keeps it (TRL's drops it)"
+        )
+    return ids
 
 
 def _equal(a: Any, b: Any) -> bool:
