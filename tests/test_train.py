@@ -442,7 +442,8 @@ def test_provenance_of_a_run(world: Path, own_world: Path):
     assert all(torch.equal(known.rows[layer], rows) for layer, rows in blind.rows.items())
     assert all(torch.equal(known.new[layer], new) for layer, new in blind.new.items())
     assert blind.provenance is None and known.provenance is not None
-    assert known.provenance.names[:40] == [f"q{number}" for number in range(40)]
+    everyone = [f"q{number}" for number in range(40)]  # of whom 32 were trained, in four steps of eight
+    assert len(known.provenance.names) == 32 and set(known.provenance.names) < set(everyone)
     assert all(int(counts.min()) >= 1 for counts in known.provenance.counts.values())
     mixed = smf.open_patch(result_path(recipe, "mixed").parent)
     writers = {name for row in mixed.rows[1].tolist() for name in mixed.why(1, row)}
