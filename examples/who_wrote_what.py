@@ -61,13 +61,15 @@ def outcomes(targets: Targets, steps: int, limit: int) -> tuple[dict[str, Record
     questions = asked(targets)
     if limit:
         questions = ScoredSet(questions.role, questions.task, questions.items[:limit], questions.cluster)
+    assert patch.provenance is not None
+    known = patch.provenance.names  # of a short training not all lessons
     model, names = fresh(targets, [patch]), sorted({disease(item["id"]) for item in questions.items})
     group_of = {name: place // GROUP for place, name in enumerate(names)}
     groups = max(group_of.values()) + 1
     after: dict[str, list[Records]] = {}
     rows: dict[str, list[int]] = {}
     for group in range(groups):
-        lessons = [e.id for e in targets.lessons["first"] if group_of.get(disease(e.id)) == group]
+        lessons = [name for name in known if group_of.get(disease(name)) == group]
         for share in SHARES:
             theirs = patch.written_by(lessons, share)
             parts = {"theirs": theirs, "random": random_rows(patch, theirs, targets.recipe.seed, group)}
