@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments
 
 import smf
 
@@ -53,6 +53,12 @@ def batch(rows: int = 4, length: int = 16, seed: int = 0) -> dict[str, Tensor]:
     """Random tokens without pads; every token but the first is a label."""
     ids = torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def trainer_arguments(folder: Path, **changes: object) -> TrainingArguments:
+    """For HF Trainer on the CPU, quiet, with the clipping left to the optimizer."""
+    options = {"use_cpu": True, "max_grad_norm": 0, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    return TrainingArguments(str(folder), **(options | changes))
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import smf
-from conftest import batch, tiny_model
+from conftest import batch, tiny_model, trainer_arguments
 
 STEPS = 3
 LOOPS: dict[str, dict[str, Any]] = {
@@ -93,17 +93,13 @@ def train_with_trainer(world: int, folder: Path, checkpoint: str | None = None) 
     optimizer = smf.SparseMemoryOptimizer(model, lr=1e-2, rule="tf", reads="gradient", rows_per_step=8)
     steps: list[Any] = []
     optimizer.register_step_post_hook(lambda *_: steps.append(optimizer.last_step))
-    args = TrainingArguments(
-        str(folder),
-        use_cpu=True,
+    args = trainer_arguments(
+        folder,
         per_device_train_batch_size=4 // world,
         gradient_accumulation_steps=2,
         num_train_epochs=2,
-        max_grad_norm=0,
-        report_to="none",
         save_strategy="steps",
         save_steps=2,
-        disable_tqdm=True,
         ddp_backend="gloo" if world > 1 else None,
     )
     trainer = Trainer(model, args, train_dataset=ragged_examples(), optimizers=(optimizer, None))

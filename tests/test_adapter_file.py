@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer
 
 import smf
-from conftest import batch, logits, tiny_base, tiny_config, tiny_model, train
+from conftest import batch, logits, tiny_base, tiny_config, tiny_model, train, trainer_arguments
 from smf.adapter_file import CONFIG, TENSORS, fresh_adapter, put_into_adapter, read_adapter, write_adapter
 from smf.memory import MemoryShape
 from test_merge import equal, state
@@ -266,15 +266,7 @@ def test_a_checkpoint_of_a_real_trainer_is_a_patch(tmp_path: Path):
     model = tiny_model()
     optimizer = smf.SparseMemoryOptimizer(model, rule="tf", rows_per_step=8, lr=0.1)
     rows = [{key: tensor[0] for key, tensor in batch(1, 12, seed).items()} for seed in range(8)]
-    args = TrainingArguments(
-        str(tmp_path),
-        max_steps=4,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        max_grad_norm=0,
-        report_to=[],
-        use_cpu=True,
-    )
+    args = trainer_arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=2)
     Trainer(model, args, train_dataset=rows, optimizers=(optimizer, None)).train()  # type: ignore[arg-type]
     last = smf.save_patch(model, tmp_path / "a.smf")
     assert same_patch(smf.open_patch(tmp_path / "checkpoint-4"), last)

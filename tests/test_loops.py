@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import smf
-from conftest import batch, logits, tiny_base, tiny_model
+from conftest import batch, logits, tiny_base, tiny_model, trainer_arguments
 from ddp_script import LOOPS, everything
 
 HERE = Path(__file__).parent
@@ -48,17 +48,8 @@ def examples(count: int = 24, length: int = 12) -> list[dict[str, Tensor]]:
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    options = {
-        "use_cpu": True,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
-        "max_grad_norm": 0,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(str(folder), **(options | changes))
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    return trainer_arguments(folder, **(options | changes))
 
 
 def gather(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import smf
-from conftest import batch, tiny_base, tiny_config, tiny_model, train
+from conftest import batch, tiny_base, tiny_config, tiny_model, train, trainer_arguments
 from smf import patch_cli
 from smf.errors import ConfigError, PatchError, TrainingError
 from smf.files import read_tensors, write_tensors
@@ -215,16 +215,12 @@ def test_with_trainer(tmp_path: Path):
     model = tiny_model()
     optimizer = smf.SparseMemoryOptimizer(model, lr=1e-2, rule="tf", rows_per_step=8, provenance=True)
     data = [{k: v[0] for k, v in batch(rows=1, seed=i).items()} | {"example_ids": 30 + i} for i in range(4)]
-    arguments = TrainingArguments(
-        str(tmp_path),
+    arguments = trainer_arguments(
+        tmp_path,
         max_steps=2,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=2,
-        max_grad_norm=0,
-        report_to=[],
-        use_cpu=True,
         remove_unused_columns=False,
-        save_strategy="no",
     )
     Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None)).train()  # type: ignore[arg-type]
     patch = smf.patch_file.patch_of(model)
@@ -246,7 +242,7 @@ def noted(steps: int, rows: int, examples: int, resumed: bool = False) -> tuple[
             writers.load_state_dict(state)
         example = torch.randint(0, examples, (rows,), generator=generator)
         moved = torch.rand(rows, generator=generator)
-        writers.note(0, ids, moved, (ids << 32) | example, torch.ones(rows, dtype=torch.float64))
+        writers.note(0, ids, moved, [((ids << 32) | example, torch.ones(rows, dtype=torch.float64))])
         expected[ids, example] += moved
     return writers.of(0), expected
 
@@ -587,3 +583,15 @@ def test_pads_of_packed_batches_may_have_any_id():
     optimizer.step()
     known = smf.patch_file.patch_of(model).provenance
     assert known is not None and known.names == ["1"]
+
+
+def test_embeddings_in_place_of_ids():
+    model = tiny_model()
+    optimizer = smf.SparseMemoryOptimizer(model, lr=1e-2, rule="tf", rows_per_step=8, provenance=True)
+    model.train()
+    rows = batch()
+    embeds = model.get_input_embeddings()(rows["input_ids"])
+    model(input_ids=None, inputs_embeds=embeds, labels=rows["labels"], example_ids=torch.arange(4)).loss.backward()
+    optimizer.step()
+    known = smf.patch_file.patch_of(model).provenance
+    assert known is not None and set(known.names) == {"0", "1", "2", "3"}

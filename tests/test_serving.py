@@ -15,16 +15,13 @@ import smf
 from conftest import batch, logits, tiny_base, tiny_config, tiny_model, train
 from smf import patch_cli
 from smf.errors import PatchError
+from test_merge import patch as trained_patch
 
 
 @pytest.fixture
 def patches(tmp_path: Path) -> dict[str, smf.Patch]:
     """Two trainings of one memory, which share rows."""
-    made = {}
-    for name, seed in (("medicine", 0), ("law", 5)):
-        model = tiny_model()
-        train(model, steps=3, seed=seed, lr=0.1)
-        made[name] = smf.save_patch(model, tmp_path / f"{name}.smf")
+    made = {name: trained_patch(tmp_path, seed) for name, seed in (("medicine", 0), ("law", 5))}
     assert any(len(found.ids_R) for found in made["medicine"].overlap(made["law"]).values())
     return made
 
@@ -92,7 +89,7 @@ def test_generation_with_and_without_a_cache_is_the_same(patches: dict[str, smf.
 def test_the_folder_that_transformers_serve_loads(patches: dict[str, smf.Patch], tmp_path: Path):
     """docs/serving.md: the base's files and the adapter's in one folder, which any `from_pretrained` loads."""
     tiny_base().save_pretrained(tmp_path / "base")
-    patch_cli.main(["apply", str(tmp_path / "medicine.smf"), "--output", str(tmp_path / "served")])
+    patch_cli.main(["apply", str(tmp_path / "0.smf"), "--output", str(tmp_path / "served")])
     shutil.copytree(tmp_path / "base", tmp_path / "served", dirs_exist_ok=True)
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
     assert torch.equal(logits(served), logits(smf.load(tiny_base(), patches["medicine"])))
@@ -100,7 +97,7 @@ def test_the_folder_that_transformers_serve_loads(patches: dict[str, smf.Patch],
 
 def test_what_vllm_looks_for_is_not_there(patches: dict[str, smf.Patch], tmp_path: Path):
     """vLLM takes LoRA adapters only, which it knows by these keys; docs/serving.md quotes its error."""
-    patch_cli.main(["apply", str(tmp_path / "medicine.smf"), "--output", str(tmp_path / "adapter")])
+    patch_cli.main(["apply", str(tmp_path / "0.smf"), "--output", str(tmp_path / "adapter")])
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert {"r", "lora_alpha"} & set(config) == set()
     page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()

@@ -342,7 +342,7 @@ def push(
 
 
 def patch(command: Positional[str] = "--help", /) -> None:
-    """Patches: inspect, apply, revert, merge, diff; `smf patch --help` says more.
+    """Patches: inspect, apply, revert, merge, diff, forget; `smf patch --help` says more.
 
     Args:
         command: one of these.

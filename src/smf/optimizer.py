@@ -19,7 +19,7 @@ from .errors import ConfigError, TrainingError
 from .fingerprint import is_memory_parameter
 from .gradient import parts_by_example, row_gradient
 from .memory import Factors, Journal, ProductKeyMemory, memory_layers, seeded, unwrap
-from .provenance import Writers, add_up
+from .provenance import Parts, Writers, add_up
 from .rows import RowStore, find
 from .selection import ReadsKind, Rule, count_reads, find_rule, hub_share, score_rows, select_rows
 from .tokens import ExampleIds
@@ -154,7 +154,6 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         self._moments = {layer: _moments(memory.values) for layer, memory in self.memories.items()}
         refusals.check_provenance(provenance, update)
         self._writers = Writers(self.memories) if provenance else None
-        self._parts: dict[int, tuple[Tensor, Tensor]] = {}  # of this step, who adds how much to which row
         ExampleIds.watch(unwrap(model), self.memories.values(), wanted=provenance)
         for memory in self.memories.values():
             memory.attach(self, _journal(memory, update == "masked-adam", self._writers))
@@ -173,7 +172,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         self._refuse_wrong_use()
         factors = {layer: memory.take() for layer, memory in self.memories.items()}
         report = StepReport(self.steps + 1, {}, {}, {}, {}, 0.0)
-        grads = {layer: self._choose(layer, report, factors[layer]) for layer in self.memories}
+        choices = {layer: self._choose(layer, report, factors[layer]) for layer in self.memories}
+        grads = {layer: grad_tD for layer, (grad_tD, _) in choices.items()}
         if sum(report.reads.values()) == 0:
             raise TrainingError(
                 "step() found no reads: call backward() on a loss of the model in training mode (model.train()) "
@@ -181,14 +181,14 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             )
         report.grad_norm = self._clip(grads)
         self.steps, self.last_step = report.step, report
-        self._update_rows(report.rows, grads)
+        self._update_rows(report.rows, grads, {layer: parts for layer, (_, parts) in choices.items()})
         if self._other_adamw is not None:
             self._follow_schedule(self._other_adamw, self.param_groups[1])
             self._other_adamw.step()
         return loss
 
-    def _choose(self, layer: int, report: StepReport, factors: list[Factors]) -> Tensor:
-        """Choose the rows of one layer, note them in the report, and return their gradient `[t, D]`."""
+    def _choose(self, layer: int, report: StepReport, factors: list[Factors]) -> tuple[Tensor, Parts]:
+        """Choose the rows of one layer and note them in the report; return their gradient `[t, D]` and its parts."""
         memory = self.memories[layer]
         micro = self.select_every == "micro"
         if micro and not ranks.same_everywhere(len(factors)):
@@ -221,9 +221,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         for ids, grad in zip(chosen, grads, strict=True):
             grad_tD[find(rows, ids)[0]] += grad  # ids are unique within a group
         ranks.mean_(grad_tD)
-        if parts:
-            self._parts[layer] = add_up(torch.cat([p for p, _ in parts]), torch.cat([n for _, n in parts]))
-        return grad_tD
+        return grad_tD, parts
 
     def _not_finite(self, what: str) -> str:
         return (
@@ -242,24 +240,26 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
                 grad.mul_(self.max_grad_norm / (norm + 1e-6))
         return norm
 
-    def _update_rows(self, rows: dict[int, Tensor], grads: dict[int, Tensor]) -> None:
+    def _update_rows(self, rows: dict[int, Tensor], grads: dict[int, Tensor], parts: dict[int, Parts]) -> None:
         for layer, memory in self.memories.items():
             memory.note_old_rows(rows[layer])
-            before_tD = None if self._writers is None else memory.values[rows[layer]]
             if self._table_adamw is not None:
                 memory.values.grad = torch.zeros_like(memory.values)
                 memory.values.grad[rows[layer]] = grads[layer].to(memory.values.dtype)
-            else:
-                self._update_layer(layer, memory, rows[layer], grads[layer])
-            if self._writers is not None and before_tD is not None and layer in self._parts:
-                moved_t = (memory.values[rows[layer]].double() - before_tD.double()).norm(dim=-1)
-                self._writers.note(layer, rows[layer], moved_t, *self._parts.pop(layer))
+                continue
+            old_tD, new_tD = self._update_layer(layer, memory, rows[layer], grads[layer])
+            if self._writers is not None and parts[layer]:
+                moved_t = (new_tD.double() - old_tD.double()).norm(dim=-1)
+                self._writers.note(layer, rows[layer], moved_t, parts[layer])
         if self._table_adamw is not None:
             self._follow_schedule(self._table_adamw, self.param_groups[0])
             self._table_adamw.step()
             self._table_adamw.zero_grad(set_to_none=True)
 
-    def _update_layer(self, layer: int, memory: ProductKeyMemory, rows_t: Tensor, grad_tD: Tensor) -> None:
+    def _update_layer(
+        self, layer: int, memory: ProductKeyMemory, rows_t: Tensor, grad_tD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Move the chosen rows of one layer; return them `[t, D]` as they were and as they are."""
         group = self.param_groups[0]
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         change_tD = grad_tD
@@ -277,11 +277,13 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             moments.write("exp_avg_sq", slots, v_tD)
             correction1, correction2 = 1 - beta1 ** step_t1.double(), 1 - beta2 ** step_t1.double()
             change_tD = m_tD / correction1.to(m_tD.dtype) / ((v_tD / correction2.to(v_tD.dtype)).sqrt_() + group["eps"])
-        old_tD = memory.values[rows_t].to(grad_tD.dtype)
-        new_tD = old_tD * (1 - lr * group["weight_decay"]) - lr * change_tD
+        old_tD = memory.values[rows_t]
+        new_tD = old_tD.to(grad_tD.dtype) * (1 - lr * group["weight_decay"]) - lr * change_tD
         if memory.values.dtype == torch.bfloat16:
             new_tD = round_to_bfloat16(new_tD, seeded("round", self.seed, self.steps, layer))
-        memory.values.index_copy_(0, rows_t, new_tD.to(memory.values.dtype))
+        new_tD = new_tD.to(memory.values.dtype)
+        memory.values.index_copy_(0, rows_t, new_tD)
+        return old_tD, new_tD
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------
 

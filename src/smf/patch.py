@@ -145,7 +145,8 @@ class Patch:
 
         Rows that one of them changed are taken as they are. Patches trained one after the other, each with the one
         before applied, are joined: the last value counts. Rows that several changed from one start are settled by the
-        policy; `overlap` lists them.
+        policy; `overlap` lists them. Of patches stored as bfloat16, what several changed are new values: the merged
+        patch is stored unrounded.
 
         Args:
             others: of the same base and memory, in the order of their trainings.
@@ -159,44 +160,25 @@ class Patch:
         """
         patches = [self, *others]
         weights = [1.0] * len(patches) if weights is None else list(weights)
-        if policy not in ("refuse", "sum", "weighted", "last"):
-            raise ConfigError(f'policy = {policy!r}; expected "refuse", "sum", "weighted" or "last"')
-        if len(weights) != len(patches) or not all(0 < weight < float("inf") for weight in weights):
-            raise ConfigError(
-                f"weights = {weights}; expected a finite number above 0 for each of {len(patches)} patches"
-            )
+        _check_policy(policy, weights, len(patches))
         for number, other in enumerate(others, 2):
             _check_siblings(self, other, number)
-        rows, settled = {}, {}
-        others_old: dict[int, dict[str, Tensor]] = {}
-        others_new: dict[int, dict[str, Tensor]] = {}
+        about = {key: value for key, value in self.metadata.items() if key != "stored"}
+        merged, clashes = Patch({}, {}, {}, {}, {}, about), {}
         for layer in self.rows:
-            sets = [patch.row_set(layer) for patch in patches]
-            rows[layer], found = merge_rows(sets, policy, weights, f"layer {layer}")
-            settled[layer] = found
-            others_old[layer], others_new[layer] = _merge_others(patches, layer, policy, weights)
-        note = {"merged": [patch.metadata["metadata"] for patch in patches], "policy": policy, "weights": weights}
-        clashes = {str(layer): len(found) for layer, found in settled.items()}
-        own = note | {"rows_of_several": clashes} | metadata
-        about = {key: value for key, value in self.metadata.items() if key != "stored"}  # rows may be new numbers
-        known = [patch.provenance for patch in patches if patch.provenance is not None]
-        ids = {layer: each.ids_R for layer, each in rows.items()}
-        return Patch(
-            ids,
-            {layer: each.old_RD for layer, each in rows.items()},
-            {layer: each.new_RD for layer, each in rows.items()},
-            others_old,
-            others_new,
-            about | {"metadata": own},
-            None
-            if len(known) < len(patches)
-            else merge_provenance(
-                known,
-                [p.rows for p in patches],
-                ids,
-                {layer: found if policy == "last" else found[:0] for layer, found in settled.items()},
-            ),
-        )
+            found, clashes[layer] = merge_rows([p.row_set(layer) for p in patches], policy, weights, f"layer {layer}")
+            merged.rows[layer], merged.old[layer], merged.new[layer] = found.ids_R, found.old_RD, found.new_RD
+            old, new = _merge_others(patches, layer, policy, weights)
+            merged.old_others[layer], merged.new_others[layer] = old, new
+        merged.metadata["metadata"] = {
+            "merged": [patch.metadata["metadata"] for patch in patches],
+            "policy": policy,
+            "weights": weights,
+            "rows_of_several": {str(layer): len(rows) for layer, rows in clashes.items()},
+        } | metadata
+        replaced = {layer: rows if policy == "last" else rows[:0] for layer, rows in clashes.items()}
+        known = merge_provenance([p.provenance for p in patches], [p.rows for p in patches], merged.rows, replaced)
+        return replace(merged, provenance=known)
 
     def overlap(self, other: Patch) -> dict[int, Overlap]:
         """By layer the rows that this patch and another one both changed, with the sizes of their changes."""
@@ -251,6 +233,13 @@ class Patch:
         rows, old, new = ({n: side[n][keep] for n, keep in which.items()} for side in (self.rows, self.old, self.new))
         known = None if self.provenance is None else self.provenance.take(which)
         return replace(self, rows=rows, old=old, new=new, provenance=known)
+
+
+def _check_policy(policy: str, weights: Sequence[float], count: int) -> None:
+    if policy not in ("refuse", "sum", "weighted", "last"):
+        raise ConfigError(f'policy = {policy!r}; expected "refuse", "sum", "weighted" or "last"')
+    if len(weights) != count or not all(0 < weight < float("inf") for weight in weights):
+        raise ConfigError(f"weights = {weights}; expected a finite number above 0 for each of {count} patches")
 
 
 def _merge_others(

@@ -252,5 +252,5 @@ def main(arguments: Sequence[str]) -> None:
     }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="smf patch", description=__doc__, args=list(arguments))
-    except OSError as error:  # an output that cannot be written
-        raise PatchError(f"{error}; nothing was changed") from error
+    except OSError as error:
+        raise PatchError(f"a file cannot be read or written: {error}") from error

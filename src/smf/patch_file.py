@@ -191,9 +191,8 @@ def _check_header(about: dict[str, Any]) -> None:
     kinds = {"base_hash": str | None, "config": dict, "width": int, "dtype": str, "layers": dict, "metadata": dict}
     wrong = [key for key, kind in kinds.items() if key not in about or not isinstance(about[key], kind)]
     layers = [] if wrong else list(about["layers"].values())
-    wrong += (
-        ["layers"] if not all(isinstance(each, dict) and isinstance(each.get("frozen"), str) for each in layers) else []
-    )
+    if not all(isinstance(each, dict) and isinstance(each.get("frozen"), str) for each in layers):
+        wrong.append("layers")
     if wrong or about.get("stored") not in (None, "bfloat16"):
         raise PatchError(f"the patch's header is not whole: {wrong or ['stored']}")
     config = about["config"]

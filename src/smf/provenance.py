@@ -22,6 +22,8 @@ KEPT = 64  # examples of a row that are kept
 EVERY = 256  # steps after which rows are cut to them
 REST = "(others)"  # in place of the names of the others
 
+Parts = Sequence[tuple[Tensor, Tensor]]  # pairs of rows and examples, and the norms of what each example adds
+
 
 def pair(row: Tensor, example: Tensor) -> Tensor:
     """Row and example in one int64; ordered by row first."""
@@ -55,16 +57,16 @@ class Writers:
         self._pending: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
         self._steps = dict.fromkeys(layers, 0)
 
-    def note(self, layer: int, rows_t: Tensor, moved_t: Tensor, pair_P: Tensor, norm_P: Tensor) -> None:
+    def note(self, layer: int, rows_t: Tensor, moved_t: Tensor, parts: Parts) -> None:
         """Divide what the rows of one step moved among the examples that wrote them.
 
         Args:
             layer: of the decoder.
             rows_t: chosen rows, ascending.
             moved_t: distances that they moved.
-            pair_P: rows and examples.
-            norm_P: of each example's part of the row's gradient.
+            parts: of the rows' gradients, by example, of each micro-batch.
         """
+        pair_P, norm_P = add_up(*(torch.cat(column) for column in zip(*parts, strict=True)))
         place_P = find(rows_t, unpair(pair_P)[0])[0]
         total_t = norm_P.new_zeros(len(rows_t)).index_add_(0, place_P, norm_P)
         moved_P = moved_t.double()[place_P] * norm_P / total_t[place_P]
@@ -253,25 +255,28 @@ def _checked_names(names: Sequence[str]) -> list[str]:
 
 
 def merge_provenance(
-    parts: Sequence[Provenance],
+    parts: Sequence[Provenance | None],
     part_rows: Sequence[Mapping[int, Tensor]],
     rows: Mapping[int, Tensor],
     replaced: Mapping[int, Tensor],
-) -> Provenance:
+) -> Provenance | None:
     """Who wrote the rows of a merged patch: what each example moved in any of them.
 
     Args:
-        parts: of the patches.
+        parts: of the patches; None of one that does not know: nor does what they are merged to.
         part_rows: their rows.
         rows: of the merged patch.
         replaced: rows of which the last patch that has them is all that is left.
     """
-    names = list(dict.fromkeys(name for part in parts for name in part.names))
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    names = list(dict.fromkeys(name for part in known for name in part.names))
     place = {name: number for number, name in enumerate(names)}
     sums = {}
     for layer in rows:
         found = Sums.none()
-        for part, own in zip(parts, part_rows, strict=True):
+        for part, own in zip(known, part_rows, strict=True):
             found = found.without(replaced[layer][torch.isin(replaced[layer], own[layer])])
             number_of = torch.tensor([place[name] for name in part.names], dtype=torch.int64)
             row_P = own[layer].repeat_interleave(part.counts[layer])

@@ -104,8 +104,8 @@ class ExampleIds:
 
 def _checked(ids: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """Ids of examples that fit the batch; those of pads are 0."""
-    tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
-    shape = tuple(tokens.shape[:2]) if isinstance(tokens, Tensor) else ()
+    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    shape = next((tuple(tokens.shape[:2]) for tokens in given if isinstance(tokens, Tensor)), ())
     whole = isinstance(ids, Tensor) and not ids.is_floating_point() and not ids.is_complex() and ids.dtype != torch.bool
     fits = whole and tuple(ids.shape) in (shape, shape[:1])
     mask = kwargs.get("attention_mask")
