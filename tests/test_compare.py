@@ -132,7 +132,9 @@ def _living(group: int) -> list[str]:
 # -- tuning -----------------------------------------------------------------------------------------------------------
 
 
-def fake_run(best: float, calls: list[float], above: float = math.inf, then: float | None = None):
+def fake_run(
+    best: float, calls: list[float], above: float = math.inf, then: float | None = None, digits: int | None = None
+):
     """Runs whose validation score is highest at the learning rate `best`, and `then` above a rate; None: they fail."""
 
     def run(recipe: Recipe, runs: Sequence[tuple[Recipe, str]]) -> list[tuple[Recipe, str]]:
@@ -146,6 +148,7 @@ def fake_run(best: float, calls: list[float], above: float = math.inf, then: flo
             if lr > above and then is None:
                 continue
             score = then if lr > above else 1 - abs(math.log(lr / best)) / 10 if lr else 0.0
+            score = score if digits is None else round(score, digits)
             metrics = {"acc": score, "answer_norm": score, "loss": 1 - score}
             scores = {"validation": {"role": "validation", "task": "medmcqa", "metrics": metrics, "records": []}}
             result = {"format": 1, "comparison": own.comparison_id(), "method": name, "kind": "lora", "seed": 0}
@@ -173,6 +176,35 @@ def test_grids_have_one_size_and_grow_until_the_best_is_interior(
     assert tuned_recipe(recipe, everything).methods["lora"].lr == tuned["best"]
     if tuned["interior"]:
         assert tuned["best"] == pytest.approx(best) and tuned["best"] not in (rates[0], rates[-1])
+
+
+@pytest.mark.parametrize(("best", "points", "chosen"), [(2.83e-2, 6, 2e-2), (3.54e-3, 6, 2.5e-3), (1.41e-2, 5, 1e-2)])
+def test_a_tie_with_the_end_of_a_grid_is_not_interior(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: float, points: int, chosen: float
+):
+    """The best rate lies halfway between two of the grid, whose scores are equal."""
+    monkeypatch.setattr(smf.tune, "run_missing", fake_run(best, [], digits=2))
+    recipe = load_recipe(world, output=str(tmp_path))
+    recipe = replace(recipe, target=replace(recipe.target, metrics=["acc"]))
+    tuned = tune(recipe, ["lora"])["methods"]["lora"]  # lr = 1e-2 in the recipe
+    scores = [point["score"] for point in tuned["grid"]]
+    assert scores.count(max(scores)) == 2 and len(scores) == points
+    assert tuned["interior"] and tuned["best"] == pytest.approx(chosen)
+
+
+def test_a_broken_result_is_set_aside_and_the_run_done_again(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    recipe = load_recipe(world, output=str(tmp_path))
+    compare(recipe, ["lora"])
+    result = result_path(recipe, "lora")
+    whole = json.loads(result.read_text())
+    result.write_text(result.read_text()[:1000])
+    capsys.readouterr()
+    compare(recipe, ["lora"])
+    assert f"{result}: it cannot be read as JSON" in capsys.readouterr().err
+    assert scores_of(json.loads(result.read_text())) == scores_of(whole)
+    assert len(result.with_name("result.broken.json").read_text()) == 1000
 
 
 def test_tuning_shows_every_point(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

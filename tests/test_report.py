@@ -534,7 +534,9 @@ def test_answers_on_the_way_are_not_kept(study: Summary, study_page: str):
 def test_lists_that_would_be_too_large_are_cut_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     summary = summarise(fake_results(tmp_path, logs=False), ["acc"])
     whole = lists_of(write_page(summary, tmp_path))
-    monkeypatch.setattr(smf.report, "LISTED", 9000)
+    room = 9000 + len(write_page(summary, tmp_path).encode()) - len(json.dumps(whole))
+    monkeypatch.setattr(smf.report, "FULL", room)
+    monkeypatch.setattr(smf.report, "LISTED_LEAST", 0)
     page = write_page(summary, tmp_path)
     cut = lists_of(page)
     (listed,) = re.findall(r"it holds the first (\d+) such questions of each set at most; the counts are of all", page)

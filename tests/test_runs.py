@@ -22,7 +22,7 @@ from smf.recipe_file import to_toml
 from smf.report import write_report
 from smf.runs import Runs, read_result, read_runs
 from smf.summary import summarise
-from smf.table import all_tables, as_csv, as_json
+from smf.table import all_tables, as_csv, as_json, markdown
 
 RECIPE = recipe()
 HERE = RECIPE.comparison_id()
@@ -71,6 +71,28 @@ def test_a_runs_own_folder_and_several_folders_can_be_given(runs: Path, tmp_path
     for folders in ([runs, other], [runs, other / "lora-0"], [other, runs, other, runs, runs / "smf-0"]):
         found = read_runs(folders)
         assert what(found) == ALL and found.skipped == {}
+
+
+def test_folders_that_hold_no_run_are_named(runs: Path):
+    (runs / "notes").mkdir()
+    (runs / "gutted").mkdir()
+    (runs / "gutted" / "log.txt").write_text("begun")
+    (runs / ".cache").mkdir()
+    (runs / "healed-1").mkdir()  # a healed memory, which methods share
+    (runs / "smf-0" / "adapter").mkdir()
+    found = read_runs([runs])
+    assert what(found) == ALL
+    assert found.skipped == {str(runs / name): "it holds no run" for name in ("notes", "gutted")}
+    assert read_runs([runs / "smf-0"]).skipped == {}
+
+
+@pytest.mark.parametrize("odd", [["a"], {"a": 1}, 3, None])
+def test_whatever_a_commit_is_said_to_be_breaks_no_table(runs: Path, odd: object):
+    file = runs / "smf-0" / "result.json"
+    result = json.loads(file.read_text())
+    file.write_text(json.dumps(result | {"provenance": result.get("provenance", {}) | {"git": odd}}))
+    found = read_runs([runs])
+    assert markdown(summarise(found.results, RECIPE.target.metrics)) and what(found) == ALL
 
 
 def test_a_run_more_changes_no_other(runs: Path):
@@ -355,7 +377,7 @@ def test_links_that_lead_nowhere_or_in_circles_do_not_matter(runs: Path):
     (runs / "smf-4").mkdir()
     (runs / "smf-4" / "result.json").symlink_to(runs / "gone.json")
     found = read_runs([runs])
-    assert what(found) == ALL and set(found.skipped) <= {str(runs / "up")}
+    assert what(found) == ALL and set(found.skipped) <= {str(runs / "up"), str(runs / "smf-4")}
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------

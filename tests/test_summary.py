@@ -112,7 +112,9 @@ def test_without_a_base_scores_are_shown_and_nothing_is_compared():
     assert [row.lr for row in summary.rows] == [0.2, 0.2] and summary.interior == [True, True]
     assert "seed" not in caption(summary)
     assert (
-        as_json(summary)["base"] is None and len(as_json(summary)["points"]) == 12 and as_csv(summary).count("\n") == 9
+        as_json(summary)["base"] is None
+        and len(as_json(summary)["points"]) == 12
+        and [line["what"] for line in csv_lines(summary)].count("score") == 8
     )
 
 
@@ -421,6 +423,29 @@ def test_csv_has_the_comparisons_and_forgetting_at_equal_gain_too():
     assert [float(line["change"]) for line in equal] == pytest.approx([lost.value for lost in there]) and there
     assert {line["against"] for line in equal} == {table.label for table in summary.matched}
     assert sum(line["what"] == "overall" for line in lines) == len(summary.rows)
+    assert {line["verdict"] for line in differences} == {verdict(each) for each in summary.comparisons}
+    ratios = [ratio for table in summary.matched for ratio in table.ratios.values() if ratio is not None]
+    shares = [line for line in lines if line["what"] == "equal gain, ratio"]
+    assert [float(line["change"]) for line in shares] == pytest.approx(
+        [r.value for r in ratios], nan_ok=True
+    ) and ratios
+    for what, place in (("learned", 0), ("forgotten", 1)):
+        found = [float(line["score"]) for line in lines if line["what"] == what]
+        assert found == [counts[place] for flips in summary.flips for counts in flips.values()] and any(found)
+
+
+def test_rows_say_their_seeds_where_these_differ():
+    runs = [
+        base(),
+        *(result("smf", scores(0.5), seed=seed) for seed in range(3)),
+        result("lora", scores(0.4), kind="lora"),
+    ]
+    for (_, rows), _ in all_tables(summarise(runs, ["acc"])).values():
+        names = [row[0] for row in rows]
+        assert not any(name.startswith("smf") and name != "smf\n(3 seeds)" for name in names), names
+        assert not any(name.startswith("lora") and name != "lora\n(one seed)" for name in names), names
+    (_, rows), _ = all_tables(summarise(runs[:4], ["acc"]))[""]
+    assert [row[0] for row in rows] == ["base", "smf"]
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -446,7 +471,7 @@ def test_names_break_no_table():
     assert shown == one_line(NASTY) and shown.startswith("a|b ## [red]x[/red]")
     page.encode()
     lines = list(csv.reader(io.StringIO(as_csv(summary), newline="")))
-    assert {len(line) for line in lines} == {15} and lines[5][1] == one_line(NASTY)
+    assert {len(line) for line in lines} == {16} and one_line(NASTY) in {line[1] for line in lines}
     assert json.loads(json.dumps(as_json(summary), allow_nan=False))["methods"][0]["method"] == NASTY
 
 
@@ -469,6 +494,6 @@ def test_any_name_is_one_cell_and_one_line(name):
     summary = summarise(runs, ["acc"])
     tables = parsed(markdown(summary))
     assert [len(row) for table in tables for row in table] == [len(tables[0][0])] * 4 + [len(tables[1][0])] * 3
-    lines = csv_lines(summary)
+    lines = [line for line in csv_lines(summary) if line["what"] in ("score", "overall")]
     assert [line["method"] for line in lines] == ["base"] * 4 + [one_line(name)] * 5
     markdown(summary).encode()

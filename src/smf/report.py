@@ -29,8 +29,7 @@ from .table import COSTS, digits_of, label_of, mean_cost, methods_at_a_time, ove
 from .tasks import find_task
 
 FULL = 2_900_000  # bytes that a page holds at most,
-LISTED = 1_200_000  # of these questions and answers, which take what the drawings leave,
-LISTED_LEAST = 300_000  # and for whose sake drawings leave out some of
+LISTED_LEAST = 300_000  # of these for questions and answers, for whose sake drawings leave out some of
 OMITTED = (  # in this order
     "the small marks of points that are not in the table",
     "the panels of single probes",
@@ -68,7 +67,7 @@ def write_report(
             if shown["omitted"] == OMITTED:
                 break
             shown |= _fewer(summary, shown)
-    page = template.render(shown, **_answers(summary, rows, min(LISTED, room)))
+    page = template.render(shown, **_answers(summary, rows, room))
     write_atomically(path, _encoded(page))
 
 

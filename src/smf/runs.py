@@ -252,7 +252,17 @@ def _read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], dict[str,
             elif not (inner / "result.json").exists():
                 reason = "it has no result yet; the command that began it goes on with it (what it printed"
                 skipped[str(inner)] = f"{reason}: {inner / 'log.txt'})"
+        if not (folder / "result.json").is_file():
+            skipped |= {str(inner): "it holds no run" for inner in folder.iterdir() if _is_foreign(inner)}
     return results, failures, skipped
+
+
+def _is_foreign(folder: Path) -> bool:
+    """A folder that is no run, no folder of runs, and nothing else that a comparison makes."""
+    if not folder.is_dir() or folder.name.startswith((".", "healed-")):  # healed: a memory that methods share
+        return False
+    made = [folder / name for name in ("recipe.toml", "result.json")]
+    return not any(file.exists() for file in made) and not list(folder.glob("*/result.json"))
 
 
 def _result_files(folder: Path) -> list[Path]:

@@ -82,6 +82,14 @@ def label_of(summary: Summary, point: Point) -> str:
     return one_line(f"{point.method}, lr {point.lr:g}" if several else point.method)
 
 
+def marked(summary: Summary, point: Point) -> str:
+    """The label and, where methods have unequally many seeds, how many this one has."""
+    counts = {len(row.runs) for row in summary.rows}
+    if len(counts) == 1 or point is summary.base:
+        return label_of(summary, point)
+    return label_of(summary, point) + ("\n(one seed)" if len(point.runs) == 1 else f"\n({len(point.runs)} seeds)")
+
+
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 Cells = tuple[list[str], list[list[str]]]  # header and rows
@@ -94,7 +102,7 @@ def scores_table(summary: Summary) -> Cells:
     header += ["overall forgotten %"] if summary.overall else []
     rows = []
     for number, point in _numbered(summary):
-        cells = [label_of(summary, point)]
+        cells = [marked(summary, point)]
         if searched:
             cells.append(_rate_text(summary, point, number))
         for column in summary.columns:
@@ -127,7 +135,7 @@ def flips_table(summary: Summary) -> Cells:
     """For each set of questions, how many were learned and forgotten: wrong to right / right to wrong."""
     sets = list(dict.fromkeys(name for flips in summary.flips for name in flips))
     rows = [
-        [label_of(summary, point), *(" / ".join(f"{count:g}" for count in flips[name]) for name in sets)]
+        [marked(summary, point), *(" / ".join(f"{count:g}" for count in flips[name]) for name in sets)]
         for point, flips in zip(summary.rows, summary.flips, strict=True)
     ]
     return ["method", *map(one_line, sets)], rows
@@ -163,7 +171,7 @@ def comparisons_table(summary: Summary) -> Cells:
     header = ["method", *(one_line(f"{m.name}, {m.role}, {m.unit}") for m in measures)]
     rows = []
     for row, found in summary.compared():
-        cells = [label_of(summary, row)]
+        cells = [marked(summary, row)]
         for each in found:
             sign = "≤" if each.p <= each.least else "="
             text = f"{estimate_text(each.estimate, digits_of(each.measure))}\np {sign} {each.adjusted:.2g}"
@@ -211,7 +219,7 @@ def caption(summary: Summary) -> str:
     at_a_time = methods_at_a_time([run for point in points for run in point.runs])
     if at_a_time != "1":
         parts.append(f"seconds: of training, with {at_a_time} methods at a time on the machine")
-    versions = {run.get("provenance", {}).get("git") for point in points for run in point.runs}
+    versions = {str(run.get("provenance", {}).get("git")) for point in points for run in point.runs}
     if len(versions) > 1:
         parts.append(f"made by {len(versions)} versions of the code")
     broken = [f"{one_line(run['method'])} at lr {run['options']['lr']:g}" for run in summary.failed]
@@ -309,10 +317,13 @@ def as_csv(summary: Summary) -> str:
     """Every number of the tables on a line of its own, unrounded.
 
     `what` is "score" (with its change against the base, as a share or in nats per token), "overall" (forgetting),
-    "difference" (from the method `against`; p by Holm) or "equal gain" (forgotten where `against` says).
+    "cost", "learned" and "forgotten" (questions that changed sides, on average over the seeds), "difference" (from the
+    method `against`; p by Holm), "equal gain" (forgotten where `against` says) or "equal gain, ratio" (to that of the
+    reference).
     """
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*CSV, "score", "change", "low", "high", "p"], restval="", lineterminator="\n")
+    columns = [*CSV, "score", "change", "low", "high", "p", "verdict"]
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows([*_csv_scores(summary), *_csv_differences(summary), *_csv_equal_gains(summary)])
     return buffer.getvalue()
@@ -330,6 +341,12 @@ def _csv_scores(summary: Summary) -> Iterator[dict[str, Any]]:
         if number >= 0 and summary.overall:
             found = _csv_estimate(summary.overall[number])
             yield {"what": "overall"} | run | {"role": "forgetting", "unit": "%"} | found
+        for title in COSTS:
+            if (cost := mean_cost(point.runs, title)) is not None:
+                yield {"what": "cost"} | run | {"metric": title, "score": cost}
+        for scored, counts in summary.flips[number].items() if number >= 0 and summary.flips else ():
+            for what, count in zip(("learned", "forgotten"), counts, strict=True):
+                yield {"what": what} | run | {"set": one_line(scored), "unit": "questions", "score": count}
 
 
 def _csv_differences(summary: Summary) -> Iterator[dict[str, Any]]:
@@ -337,16 +354,17 @@ def _csv_differences(summary: Summary) -> Iterator[dict[str, Any]]:
         run = {"method": one_line(row.method), "lr": row.lr, "share": row.share}
         run["against"] = one_line(summary.reference.method if summary.reference else "")
         for each in comparisons:
-            found = _csv_estimate(each.estimate) | {"p": each.adjusted, "seeds": each.seeds}
+            found = _csv_estimate(each.estimate) | {"p": each.adjusted, "seeds": each.seeds, "verdict": verdict(each)}
             yield {"what": "difference"} | run | _csv_measure(each.measure) | found
 
 
 def _csv_equal_gains(summary: Summary) -> Iterator[dict[str, Any]]:
     for table in summary.matched:
         for name, lost in table.losses.items():
-            if lost is not None:
-                run = {"method": one_line(name), "seeds": len(table.seeds), "against": one_line(table.label)}
-                yield {"what": "equal gain"} | run | _csv_measure(table.measure) | _csv_estimate(lost) | {"p": ""}
+            run = {"method": one_line(name), "seeds": len(table.seeds), "against": one_line(table.label)}
+            for what, found in (("equal gain", lost), ("equal gain, ratio", table.ratios.get(name))):
+                if found is not None:
+                    yield {"what": what} | run | _csv_measure(table.measure) | _csv_estimate(found) | {"p": ""}
 
 
 def _csv_measure(measure: Measure) -> dict[str, Any]:

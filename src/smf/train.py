@@ -190,13 +190,25 @@ def peak_memory_mb() -> float:
 def provenance(recipe: Recipe) -> dict[str, Any]:
     """Versions, machine and code state that a result came from."""
     names = ("sparse-memory-finetuning", "torch", "transformers", "peft", "datasets", "lm-eval")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "jobs": recipe.jobs},
-        "git": git.stdout.strip() or None,
+        "git": _commit(),
         "base": recipe.base,
     }
+
+
+def _commit() -> str | None:
+    """The commit of this code, with "-dirty" where files differ from it; None where it is installed without its git."""
+    here = Path(__file__)
+    git: dict[str, Any] = {"cwd": here.parent, "capture_output": True, "text": True}
+    try:
+        if subprocess.run(["git", "ls-files", "--error-unmatch", here.name], **git).returncode:
+            return None  # of another project, in whose folder this code is installed
+        named = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"], **git)
+    except OSError:  # no git on this machine
+        return None
+    return named.stdout.strip() or None
 
 
 def evaluate_saved(recipe: Recipe, *, adapter: str | None, patch: str | None) -> list[dict[str, Any]]:

@@ -159,10 +159,11 @@ def _grid(recipe: Recipe, name: str, rates: Sequence[float]) -> dict[str, Any]:
         grid.append({"lr": rate, "score": None} | (_point(recipe, read_result(path)) if path.is_file() else {}))
     metric = recipe.target.metrics[0]
     scores = [-math.inf if point["score"] is None else signed(point["score"], metric) for point in grid]
-    best = scores.index(max(scores))
-    if grid[best]["score"] is None:
+    best = [place for place, score in enumerate(scores) if score == max(scores)]  # of equal ones, all
+    if grid[best[0]]["score"] is None:
         raise TrainingError(f"{name}: no run finished, at none of the learning rates {list(rates)}; see above why")
-    return {"best": rates[best], "interior": 0 < best < len(grid) - 1, "grid": grid}
+    chosen = best[-1] if best[0] > 0 and best[-1] == len(grid) - 1 else best[0]  # at an end, where one of them is
+    return {"best": rates[chosen], "interior": 0 < chosen < len(grid) - 1, "grid": grid}
 
 
 def _base_score(recipe: Recipe) -> float | None:
