@@ -22,7 +22,7 @@ import smf
 from smf.data import ScoredSet
 from smf.evaluate import score_set
 from smf.files import write_atomically, write_json
-from smf.memory import seeded
+from smf.shape import seeded
 from smf.stats import Estimate, change
 
 GROUP = 6  # diseases whose examples are forgotten together

@@ -16,8 +16,8 @@ from torch import Tensor
 import smf
 from conftest import batch, tiny_base, tiny_config, tiny_model
 from dense import DenseMemory, dense_twin, double_model, gradients, padded, with_labels
-from smf.memory import seeded
 from smf.optimizer import round_to_bfloat16
+from smf.shape import seeded
 
 LAYERS = (1, 2)
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8

@@ -551,7 +551,7 @@ FORGED: dict[str, tuple[Callable[[dict, dict], Any], str]] = {
     "no target modules": (lambda tensors, header: header["config"].update(target_modules=None), "not a valid patch"),
     "stored in another dtype": (lambda tensors, header: header.update(stored="int8"), "stored"),
     "no new rows": (lambda tensors, header: tensors.pop("1.new"), "not a valid patch"),
-    "no layers": (lambda tensors, header: header.update(layers=[1]), "not a valid patch"),
+    "no layers": (lambda tensors, header: header.update(layers=[1]), "not whole: .*layers"),
     "an unknown option": (lambda tensors, header: header["config"].update(colour="red"), "colour"),
     "an odd k_dim": (lambda tensors, header: header["config"].update(k_dim=3), "k_dim must be even"),
 }

@@ -20,9 +20,9 @@ from conftest import batch, tiny_base, tiny_config, tiny_model, train
 from dense import LENGTHS, dense_twin, double_model, padded, with_labels
 from smf import selection
 from smf.adapter import SparseMemoryLayer
-from smf.memory import seeded
 from smf.patch_file import patch_of
 from smf.selection import Reads, select_rows
+from smf.shape import seeded
 
 READS_A_TOKEN = 2 * 4  # heads x knn of tiny_config
 N_ROWS = 16 * 16

@@ -20,7 +20,7 @@ from .decoder import default_layers, find_decoder, refuse_base
 from .errors import ConfigError, SmfError, UnsupportedModelError
 from .fingerprint import base_hash
 from .memory import KINDS, MemoryHost, MemoryShape, ProductKeyMemory
-from .table_rows import VALUES, changed_rows, with_whole_tables
+from .table_rows import VALUES, changed_rows, check_sizes, with_whole_tables
 from .tokens import TokenMask
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")  # folders that Trainer makes
@@ -208,6 +208,7 @@ class SparseMemoryModel(BaseTuner):
         prefix = "base_model.model."  # in files always, in models only within a PeftModel
         shapes |= {f"{prefix}{name}": shape for name, shape in shapes.items() if not name.startswith(prefix)}
         whole = with_whole_tables(state_dict, shapes)
+        check_sizes(whole, shapes)  # torch would copy all that fit before it says which did not
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, whole)
 
     def _check_merge_allowed(self) -> None:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from .config import SparseMemoryConfig
-from .errors import PatchError, SmfError
+from .errors import PatchError, refusing
 from .files import write_atomically
 from .fingerprint import MEMORY_PREFIX
 from .memory import MemoryShape
@@ -69,7 +68,8 @@ def load(base: Any, patch: str | Path | Patch, **options: Any) -> Any:
     Args:
         base: a loaded base, or what `AutoModelForCausalLM.from_pretrained` takes.
         patch: a file, or whatever else `open_patch` takes.
-        options: of `from_pretrained`; without a dtype among them, the base is loaded in that of the training.
+        options: of `from_pretrained`; without a dtype among them, the base is loaded in that of the training. Code that
+            comes with a base runs with trust_remote_code=True among them alone.
 
     Raises:
         PatchError: for a base that the patch does not belong to, or a patch that was trained on more than config and
@@ -79,7 +79,7 @@ def load(base: Any, patch: str | Path | Patch, **options: Any) -> Any:
     if isinstance(base, nn.Module) and options:
         raise PatchError(f"options {sorted(options)} are of from_pretrained, but the base is a loaded model")
     put_into_adapter(patch, fresh_adapter(patch), "apply")  # refuses before the base is touched
-    options = {"dtype": DTYPES[patch.metadata["dtype"]]} | options
+    options = {"dtype": DTYPES[patch.metadata["dtype"]], "trust_remote_code": False} | options
     model = base if isinstance(base, nn.Module) else AutoModelForCausalLM.from_pretrained(base, **options)
     patch.check_base(model)
     model: Any = get_peft_model(model, patch.config)  # type: ignore[arg-type]
@@ -105,11 +105,14 @@ def patch_of_adapter(folder: str | Path) -> Patch:
 def read_adapter(folder: str | Path) -> AdapterFile:
     """Read a saved adapter of sparse memory, of PEFT or of a checkpoint of Trainer."""
     folder = Path(folder)
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        tensors = load_file(folder / TENSORS)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError, SmfError) as error:
-        raise PatchError(f"{folder} has no adapter that can be read: {error}") from error
+    with refusing(PatchError, f"{folder} has no adapter that can be read"):
+        for file in (folder / CONFIG, folder / TENSORS):
+            if not file.is_file():  # PEFT would look for the folder's name on the hub, and wait for a pipe
+                raise PatchError(f"{folder} has no adapter that can be read: there is no file {file.name}")
+        return _adapter(PeftConfig.from_pretrained(str(folder)), load_file(folder / TENSORS), folder)
+
+
+def _adapter(config: PeftConfig, tensors: dict[str, Tensor], folder: Path) -> AdapterFile:
     if not isinstance(config, SparseMemoryConfig) or not config.target_modules or not config.layers:
         raise PatchError(f"the adapter in {folder} is no sparse memory, but {config.peft_type}")
     if len(config.layers) != len(config.target_modules):
@@ -120,11 +123,17 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         queries = {name: tensors[f"{name}.{MEMORY_PREFIX}query_weight"] for name in names.values()}
     except KeyError as error:
         raise PatchError(f"{folder / TENSORS} has no {error}, which its {CONFIG} promises") from error
+    if not len(set(names.values())) == len(config.layers) == len(names):
+        raise PatchError(f"{folder / CONFIG} names a layer or a module twice: {modules}")
+    flat = [name for name, query in queries.items() if query.dim() != 2 or not query.shape[1]]
+    if flat:
+        raise PatchError(f"{folder / TENSORS}: query_weight of {flat} must have a width")
     shapes = {name: _shape(config, layer, queries[name]) for layer, name in names.items()}
+    for name, shape in shapes.items():
+        _check_layouts(_kinds(tensors, f"{name}.{MEMORY_PREFIX}"), shape, folder)
+        shape.check_room()
     tensors = with_whole_tables(tensors, shapes)
     tables = {layer: _kinds(tensors, f"{name}.{MEMORY_PREFIX}") for layer, name in names.items()}
-    for layer, name in names.items():
-        _check_shapes(tables[layer], shapes[name], folder)
     return AdapterFile(config, tensors, tables)
 
 
@@ -176,9 +185,11 @@ def _shape(config: SparseMemoryConfig, layer: int, query_weight: Tensor) -> Memo
     return config.shape(layer, query_weight.shape[-1], query_weight.dtype)
 
 
-def _check_shapes(table: dict[str, Tensor], shape: MemoryShape, folder: Path) -> None:
-    expected = {kind: (tensor.dtype, tensor.shape) for kind, tensor in shape.start().items()}
-    found = {kind: (tensor.dtype, tensor.shape) for kind, tensor in table.items()}
+def _check_layouts(table: dict[str, Tensor], shape: MemoryShape, folder: Path) -> None:
+    """Refuse tensors that are not the config's, but for a table as rows, which is looked at when it is made whole."""
+    skipped = {"values", "row_ids", "start"} if "row_ids" in table else set()
+    expected = {kind: layout for kind, layout in shape.layouts().items() if kind not in skipped}
+    found = {kind: (tensor.dtype, tuple(tensor.shape)) for kind, tensor in table.items() if kind not in skipped}
     if found != expected:
         wrong = sorted(kind for kind in {*found, *expected} if found.get(kind) != expected.get(kind))
         raise PatchError(

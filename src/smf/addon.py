@@ -16,7 +16,7 @@ from .config import SparseMemoryConfig
 from .decoder import default_layers, find_decoder
 from .errors import ConfigError
 from .files import read_tensors, write_tensors
-from .memory import seeded
+from .shape import seeded
 
 FORMAT = 1
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .errors import BackgroundError
+from .errors import BackgroundError, refusing
 from .files import read_tensors, write_tensors
 from .fingerprint import json_hash, tensor_bytes, tensors_hash
 from .memory import ProductKeyMemory, evaluation_mode, memory_layers, unwrap
@@ -38,6 +38,19 @@ class LayerCounts:
     def total(self) -> int:
         """All reads of the layer."""
         return int(self.b.sum())
+
+    def check(self, n_docs: int, where: str) -> None:
+        """Refuse what `n_docs` documents cannot have left; sums of it then stay whole in float64."""
+        columns = (self.ids, self.b, self.df, self.spared)
+        whole = all(column.dtype == torch.int64 and column.dim() == 1 for column in columns)
+        whole = whole and len(self.ids) == len(self.b) == len(self.df) and float(self.b.double().sum()) < 2**53
+        ascending = whole and all(bool((ids.diff() > 0).all() & (ids >= 0).all()) for ids in (self.ids, self.spared))
+        if not ascending or not bool(((self.df >= 1) & (self.df <= self.b) & (self.df <= n_docs)).all()):
+            found = [(str(column.dtype), tuple(column.shape)) for column in columns]
+            raise BackgroundError(
+                f"{where}: ids, reads, documents and spared rows are {found}; expected int64, ids ascending from 0, "
+                f"and for each id as many reads as documents or more, of {n_docs} documents"
+            )
 
     def add(self, idx_TR: Tensor, doc_T: Tensor, n_rows: int) -> None:
         """Count the reads of tokens that belong to documents `doc_T`; a document comes in one call."""
@@ -131,16 +144,19 @@ class Background:
     @classmethod
     def load(cls, path: str | Path) -> Background:
         """Read a file written by `save`; anything else raises BackgroundError."""
-        header, tensors = read_tensors(Path(path), "background", FORMAT, BackgroundError)
-        layers: dict[int, dict[str, Tensor]] = {}
-        try:
+        with refusing(BackgroundError, f"{path} is not a whole background"):
+            header, tensors = read_tensors(Path(path), "background", FORMAT, BackgroundError)
+            n_docs, identity, corpus = (header[key] for key in ("n_docs", "identity", "corpus"))
+            if type(n_docs) is not int or not 0 <= n_docs < 2**53 or not isinstance(identity + corpus, str):
+                raise BackgroundError(f"{path} says n_docs = {n_docs!r:.40}; expected a whole number, and two hashes")
+            layers: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():
                 layer, _, column = name.partition(".")
                 layers.setdefault(int(layer), {})[column] = tensor
             counts = {layer: LayerCounts(**columns) for layer, columns in sorted(layers.items())}
-            return cls(counts, int(header["n_docs"]), str(header["identity"]), str(header["corpus"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise BackgroundError(f"{path} is not a whole background: {error!r}") from error
+            for layer, each in counts.items():
+                each.check(n_docs, f"{path}, layer {layer}")
+            return cls(counts, n_docs, identity, corpus)
 
 
 def batches_of_texts(texts: Iterable[Any], tokenizer: Any, max_length: int, batch_size: int) -> Iterable[dict]:

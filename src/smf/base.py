@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import methods, world
 from .decoder import default_layers, find_decoder
-from .errors import ConfigError
+from .errors import ConfigError, refusing
 from .recipe import Recipe
 from .selection import find_rule
 from .sources import resolved
@@ -54,10 +54,9 @@ def _from_base(loader: Any, recipe: Recipe, **options: Any) -> Any:
     looks_like_path = recipe.base.startswith((".", "/", "~")) or recipe.base.count("/") > 1
     if looks_like_path and not Path(recipe.base).is_dir():
         raise ConfigError(f"base = {recipe.base!r}: there is no model folder; give --base a folder or a hub name")
-    try:
-        return loader.from_pretrained(recipe.base, revision=recipe.revision, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"base = {recipe.base!r} cannot be loaded as a causal language model: {error}") from error
+    with refusing(ConfigError, f"base = {recipe.base!r} cannot be loaded as a causal language model"):
+        # pickles are read as weights only, and a repository's own code is not run, which transformers would ask about
+        return loader.from_pretrained(recipe.base, revision=recipe.revision, trust_remote_code=False, **options)
 
 
 def base_config(recipe: Recipe) -> Any:

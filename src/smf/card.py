@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 from .recipe import Recipe
 from .recipe_file import load_recipe
 from .runs import read_result
@@ -86,9 +86,12 @@ def _read(run: Path) -> tuple[Recipe, dict[str, Any], list[dict[str, Any]]]:
     if not (run / "adapter" / "adapter_config.json").is_file():
         raise ConfigError(f"{run} has no adapter: only runs of a memory (kinds smf and healed) can be shared like this")
     result, recipe = read_result(run / "result.json"), load_recipe(run / "recipe.toml")
-    beside = [path for path in run.parent.glob("*/result.json") if json.loads(path.read_text()).get("kind") == "base"]
-    bases = [read_result(path) for path in beside]
-    return recipe, result, [base for base in bases if base["comparison"] == result["comparison"]][:1]
+    bases = []
+    for path in sorted(run.parent.glob("*/result.json")):
+        with contextlib.suppress(DataError):  # a broken one beside it is no reason to fail
+            bases.append(read_result(path))
+    ours = [base for base in bases if base["kind"] == "base" and base["comparison"] == result["comparison"]]
+    return recipe, result, ours[:1]
 
 
 def push_to_hub(run: str | Path, repo: str, *, private: bool = True, token: str | None = None) -> str:

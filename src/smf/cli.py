@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -355,6 +356,8 @@ def main() -> None:
     from .compare import quiet_known_warnings
 
     quiet_known_warnings()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # half a surrogate pair in a name is no reason to fail
     if sys.argv[1:] == ["--version"]:
         print(f"smf {version('sparse-memory-finetuning')}")
         return

@@ -10,13 +10,14 @@ import torch
 from peft import PeftConfig, PeftType, TaskType
 
 from .errors import ConfigError
-from .memory import MemoryShape
+from .shape import MemoryShape
 
 TRAINED: dict[str, tuple[str, ...]] = {  # kinds that autograd trains; the table is trained through the anchor
     "rows": ("anchor",),
     "rows+scale": ("anchor", "scale"),
     "memory": ("anchor", "scale", "query_weight", "query_bias", "keys", "gate", "out"),
 }
+MOST_LAYERS = 1000  # no decoder is so deep; a file that says more is not worth looking at layer by layer
 
 
 def _register_type(name: str) -> PeftType:
@@ -76,8 +77,10 @@ class SparseMemoryConfig(PeftConfig):
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         for name in ("n_keys", "heads", "knn", "k_dim"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ConfigError(f"{name} must be a whole number from 1 to 2147483647; got {value!r:.60}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be a whole number; got {self.seed!r:.60}")
         if self.k_dim % 2:
             raise ConfigError(f"k_dim must be even, since both halves of a query take k_dim / 2; got {self.k_dim}")
         if self.knn > self.n_keys:
@@ -117,6 +120,8 @@ def _checked_layers(layers: Sequence[int]) -> list[int]:
     listed = isinstance(layers, Sequence) and not isinstance(layers, str)
     if not listed or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
         raise ConfigError(f"layers must be a list of decoder layer indices like [10, 12, 14]; got {layers!r}")
+    if len(layers) > MOST_LAYERS:
+        raise ConfigError(f"layers names {len(layers):,} layers; expected {MOST_LAYERS:,} at most")
     if not layers or len(set(layers)) != len(layers):
         raise ConfigError(f"layers must name at least one layer, each once; got {layers!r}")
     return sorted(layers)

@@ -1,5 +1,10 @@
 """What can go wrong, by cause. Each class is also the standard exception that callers would expect."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class SmfError(Exception):
     """Base of every error that this library raises on purpose."""
@@ -27,3 +32,19 @@ class PatchError(SmfError, ValueError):
 
 class TrainingError(SmfError, RuntimeError):
     """A training step that would do nothing, or something else than it says."""
+
+
+@contextlib.contextmanager
+def refusing(error: type[SmfError], what: str) -> Iterator[None]:
+    """While something is read that others may have written: whatever goes wrong is `error`, saying what and why.
+
+    Parsers raise many classes on bytes that nobody foresaw; a caller needs one.
+    """
+    try:
+        yield
+    except error:
+        raise
+    except SmfError as cause:
+        raise error(f"{what}: {cause}") from cause
+    except Exception as cause:
+        raise error(f"{what}: {type(cause).__name__}: {cause}") from cause

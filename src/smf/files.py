@@ -8,14 +8,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from .errors import SmfError, refusing
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write to a temporary file beside `path`, flush it to disk, then rename it over `path`."""
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content  # half a surrogate pair
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -30,6 +32,17 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
+def read_text(path: Path) -> str:
+    """The text of a file, which must be a regular one: a pipe would be waited for, a device never ends.
+
+    Raises:
+        OSError, UnicodeDecodeError: where it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    return path.read_text(encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
@@ -41,9 +54,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, header: dic
     write_atomically(path, save(ordered, metadata={f"smf_{kind}": json.dumps(header, sort_keys=True)}))
 
 
-def read_tensors(
-    path: Path, kind: str, newest: int, error: type[Exception]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_tensors(path: Path, kind: str, newest: int, error: type[SmfError]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file by `write_tensors`; raises `error`, saying why, for anything else.
 
     Args:
@@ -52,14 +63,12 @@ def read_tensors(
         newest: the format number that this version reads.
         error: class to raise.
     """
-    if not path.is_file():
-        raise error(f"no {kind} file at {path}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
+    with refusing(error, f"{path} is not a readable {kind} file"):
+        if not path.is_file():
+            raise error(f"no {kind} file at {path}")
+        with safe_open(str(path), framework="pt") as file:  # refuses offsets that overlap or lie outside
             header = json.loads((file.metadata() or {}).get(f"smf_{kind}", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError, OSError, RecursionError) as cause:
-        raise error(f"{path} is not a readable {kind} file: {cause}") from cause
     if not isinstance(header, dict):
         raise error(f"{path} is a safetensors file, but not a {kind} of smf")
     known = header.get("format")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
+from .files import read_text
 from .runs import LARGEST, is_number
 
 LOGGED = 40  # points of a line over logged steps; more are averaged
@@ -24,7 +25,7 @@ def read_log(path: Path) -> Log:
         DataError: where it cannot be drawn, saying why.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"it cannot be read as text: {error}") from error
     log = []

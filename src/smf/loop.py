@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .data import Collator, Example, pad_id
-from .errors import ConfigError
+from .errors import ConfigError, TrainingError
 from .evaluate import token_loss
 from .files import write_atomically, write_json
 from .methods import Prepared
@@ -170,7 +171,10 @@ def fit(
     if checkpoint is not None:
         trainer.seconds_before = json.loads((checkpoint / COMPLETE).read_text())["seconds"]
     trainer.started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except pickle.UnpicklingError as error:  # Trainer reads its pickles as weights only
+        raise TrainingError(f"{checkpoint} holds what Trainer did not save: {error}; remove it to go on") from error
     return trainer.seconds()
 
 

@@ -7,8 +7,6 @@ output. Shape letters: T tokens, D model width, H heads, K `knn`, R = H * K read
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,68 +19,10 @@ from torch import Tensor, nn
 from .errors import ConfigError, TrainingError
 from .provenance import Writers
 from .rows import RowStore
+from .shape import MemoryShape
 
 GATHER_ELEMENTS = 2**24  # rows are gathered in pieces of at most this many numbers (64 MiB in float32)
 KINDS = ("values", "keys", "query_weight", "query_bias", "gate", "out", "scale", "anchor")
-
-
-def seeded(*parts: Any) -> torch.Generator:
-    """A CPU generator that depends on nothing but `parts`, and on all of them."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-@dataclass(frozen=True)
-class MemoryShape:
-    """Sizes and start of one memory layer; two layers of equal shape start from equal tensors on every machine."""
-
-    layer: int
-    d: int
-    n_keys: int
-    heads: int
-    knn: int
-    k_dim: int
-    mode: str
-    init: str
-    seed: int
-    table_dtype: torch.dtype
-    dtype: torch.dtype = torch.float32  # of everything but the table
-
-    @property
-    def n_rows(self) -> int:
-        """N, the rows of the value table."""
-        return self.n_keys**2
-
-    def _uniform(self, generator: torch.Generator, size: tuple[int, ...], bound: float) -> Tensor:
-        return torch.empty(size, device="cpu").uniform_(-bound, bound, generator=generator)
-
-    def start(self) -> dict[str, Tensor]:
-        """The tensors that a fresh layer starts from, by kind, on the CPU.
-
-        Variances as in arXiv 2605.03229 (facts: values 1/d, keys 1/(3 k_dim), query Xavier, gate and out 1/d), drawn
-        with `uniform_`, whose bits do not depend on the machine; the table is drawn last, so that it alone can be left
-        out or checked.
-        """
-        d, half = self.d, self.k_dim // 2
-        generator = seeded("memory", self.seed, self.layer)
-        tensors = {
-            "query_weight": self._uniform(
-                generator, (self.heads * self.k_dim, d), math.sqrt(6 / (d + self.heads * self.k_dim))
-            ),
-            "query_bias": self._uniform(generator, (self.heads * self.k_dim,), 1 / math.sqrt(d)),
-            "keys": self._uniform(generator, (self.heads, 2, self.n_keys, half), 1 / math.sqrt(self.k_dim)),
-            "gate": self._uniform(generator, (d, d), math.sqrt(3 / d)),
-            "out": self._uniform(generator, (d, d), math.sqrt(3 / d)),
-            "anchor": torch.zeros(1, device="cpu"),
-        }
-        if self.mode == "additive":
-            tensors["scale"] = torch.full((1,), 1.0 if self.init == "zero" else 0.01, device="cpu")
-        tensors = {kind: tensor.to(self.dtype) for kind, tensor in tensors.items()}
-        if self.init == "zero":
-            tensors["values"] = torch.zeros(self.n_rows, d, dtype=self.table_dtype, device="cpu")
-        else:
-            tensors["values"] = self._uniform(generator, (self.n_rows, d), math.sqrt(3 / d)).to(self.table_dtype)
-        return tensors
 
 
 @dataclass

@@ -18,10 +18,11 @@ from .background import Background
 from .errors import ConfigError, TrainingError
 from .fingerprint import is_memory_parameter
 from .gradient import parts_by_example, row_gradient
-from .memory import Factors, Journal, ProductKeyMemory, memory_layers, seeded, unwrap
+from .memory import Factors, Journal, ProductKeyMemory, memory_layers, unwrap
 from .provenance import Parts, Writers, add_up
 from .rows import RowStore, find
 from .selection import ReadsKind, Rule, count_reads, find_rule, hub_share, score_rows, select_rows
+from .shape import seeded
 from .tokens import ExampleIds
 
 UpdateKind = Literal["adam", "sgd", "masked-adam"]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SparseMemoryConfig
-from .errors import PatchError
+from .errors import PatchError, refusing
 from .files import read_tensors, write_tensors
 from .fingerprint import base_hash, json_hash, tensors_hash
-from .memory import MemoryShape, ProductKeyMemory, memory_layers
-from .patch import Patch, from_tables, layout, same, tables_of
+from .memory import KINDS, MemoryShape, ProductKeyMemory, memory_layers
+from .patch import DTYPES, Patch, from_tables, layout, same, tables_of
 from .provenance import Provenance, pair, provenance_of
 from .row_sets import same_rows
 
@@ -97,14 +97,12 @@ def _provenance_tensors(provenance: Provenance) -> dict[str, Tensor]:
 
 def load_patch(path: str | Path) -> Patch:
     """Read a patch file; raises PatchError for anything that is not a whole, unaltered one of a known format."""
-    header, tensors = read_tensors(Path(path), "patch", FORMAT, PatchError)
-    about = {key: value for key, value in header.items() if key != "checksum"}
-    if header.get("checksum") != json_hash(about) or header.get("tensors") != tensors_hash(tensors):
-        raise PatchError(f"{path} was altered: its content does not match its checksum")
-    try:
+    with refusing(PatchError, f"{path} is not a valid patch"):
+        header, tensors = read_tensors(Path(path), "patch", FORMAT, PatchError)
+        about = {key: value for key, value in header.items() if key != "checksum"}
+        if header.get("checksum") != json_hash(about) or header.get("tensors") != tensors_hash(tensors):
+            raise PatchError(f"{path} was altered: its content does not match its checksum")
         return _patch(header, tensors)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise PatchError(f"{path} is not a valid patch: {error}") from error
 
 
 # -- from a model -----------------------------------------------------------------------------------------------------
@@ -160,8 +158,9 @@ def _patch(header: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
     about = {key: value for key, value in header.items() if key not in ("format", "tensors", "checksum")}
     _check_header(about)
     patch = Patch({}, {}, {}, {}, {}, about)
+    config = patch.config
     for key, layer_about in sorted(header["layers"].items(), key=lambda item: int(item[0])):
-        layer, shape = int(key), patch.shape(int(key))
+        layer, shape = int(key), config.shape(int(key), about["width"], DTYPES[about["dtype"]])
         rows, new = tensors[f"{key}.ids"], tensors[f"{key}.new"]
         stored = torch.bfloat16 if header.get("stored") else shape.table_dtype
         _check_rows(layer, shape, rows, new, stored)
@@ -188,17 +187,28 @@ def _patch(header: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
 
 def _check_header(about: dict[str, Any]) -> None:
     """Refuse a header that lacks what applying and merging look at later."""
-    kinds = {"base_hash": str | None, "config": dict, "width": int, "dtype": str, "layers": dict, "metadata": dict}
+    kinds: dict[str, Any] = {"base": str | None, "base_hash": str | None, "config": dict, "width": int, "dtype": str}
+    kinds |= {"layers": dict, "metadata": dict} | ({"lora_numbers": int} if "lora_numbers" in about else {})
     wrong = [key for key, kind in kinds.items() if key not in about or not isinstance(about[key], kind)]
     layers = [] if wrong else list(about["layers"].values())
     if not all(isinstance(each, dict) and isinstance(each.get("frozen"), str) for each in layers):
         wrong.append("layers")
     if wrong or about.get("stored") not in (None, "bfloat16"):
         raise PatchError(f"the patch's header is not whole: {wrong or ['stored']}")
-    config = about["config"]
-    named = [int(layer) for layer in about["layers"]]
-    if not named or sorted(named) != sorted(config["layers"]) or len(config["target_modules"]) != len(named):
+    if not 1 <= about["width"] < 2**31 or about["dtype"] not in DTYPES:
+        raise PatchError(f"the patch's base has width {about['width']} and {about['dtype']!r:.40} numbers")
+    config, trained = about["config"], sorted({*KINDS} - {"values", "anchor"})
+    strange = sorted({*config} - {*SparseMemoryConfig.__annotations__})
+    if strange:
+        raise PatchError(f"the patch's config has options that this version does not know: {strange}")
+    for each in layers:
+        if not isinstance(each["others"], list) or not {*each["others"]} <= {*trained}:
+            raise PatchError(f"the patch changes {each['others']!r:.60} beside rows; expected some of {trained}")
+    named, modules = list(about["layers"]), config["target_modules"]
+    if not named or named != [str(int(layer)) for layer in named] or {*map(int, named)} != {*config["layers"]}:
         raise PatchError(f"the patch's layers {named} are not those of its config, {config['layers']}")
+    if not all(isinstance(module, str) for module in modules) or not len({*modules}) == len(modules) == len(named):
+        raise PatchError(f"the patch's config must name one module for each layer; it names {modules!r:.200}")
 
 
 def _put_old(layer: int, old: Tensor, some: Tensor, places: Tensor) -> None:
@@ -220,7 +230,8 @@ def _provenance(rows: dict[int, Tensor], tensors: dict[str, Tensor]) -> Provenan
         found_layouts = [(t.dtype, tuple(t.shape)) for t in (counts, examples, moved, rest)]
         by_row, by_pair = (len(ids),), (len(examples),)
         kinds = [(torch.int64, by_row), (torch.int32, by_pair), (torch.bfloat16, by_pair), (torch.bfloat16, by_row)]
-        whole = found_layouts == kinds and bool((counts >= 0).all()) and int(counts.sum()) == len(examples)
+        whole = found_layouts == kinds and bool(((counts >= 0) & (counts <= len(examples))).all())
+        whole = whole and int(counts.sum()) == len(examples)  # of counts that are no larger: the sum cannot wrap around
         within = not len(examples) or (int(examples.min()) >= 0 and int(examples.max()) < len(names))
         row_P = torch.arange(len(ids)).repeat_interleave(counts) if whole else examples
         if not whole or not within or not bool((pair(row_P, examples).diff() > 0).all()):

@@ -10,7 +10,7 @@ from typing import Any
 
 from .base import check_models, load_tokenizer, positions, resolved_base
 from .data import Example, Loaded, ScoredSet, encode, keep_answered
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, refusing
 from .harness import load_task
 from .recipe import VALIDATION, Asked, Recipe, Source, asked, sources
 from .sources import load_rows, load_texts, place, resolved
@@ -59,15 +59,20 @@ def load_training(recipe: Recipe, tokenizer: Any) -> list[Example]:
     length = recipe.train.max_length
     if task.KIND == "response":
         rows = load_rows(target.train, recipe.data, recipe.parts, task.COLUMNS)
-        return keep_answered(task.examples(rows, where, tokenizer, length), where, recipe.train.too_long, length)
+        with refusing(DataError, where):
+            return keep_answered(task.examples(rows, where, tokenizer, length), where, recipe.train.too_long, length)
     explained = target.explanation and hasattr(task, "EXPLANATION")
     need = (*task.COLUMNS, task.EXPLANATION) if explained else task.COLUMNS
-    rows = task.select(load_rows(target.train, recipe.data, recipe.parts, need), where)
-    taught = [(str(row["id"]), lessons(task, row, explanation=explained)) for row in rows]
-    texts = [
-        (id if len(own) == 1 else f"{id}.{number}", *lesson) for id, own in taught for number, lesson in enumerate(own)
-    ]
-    examples = [encode(tokenizer, *text, length, end=True) for text in texts]
+    given = load_rows(target.train, recipe.data, recipe.parts, need)
+    with refusing(DataError, where):
+        rows = task.select(given, where)
+        taught = [(str(row["id"]), lessons(task, row, explanation=explained)) for row in rows]
+        texts = [
+            (id if len(own) == 1 else f"{id}.{number}", *lesson)
+            for id, own in taught
+            for number, lesson in enumerate(own)
+        ]
+        examples = [encode(tokenizer, *text, length, end=True) for text in texts]
     return keep_answered(examples, where, recipe.train.too_long, length)
 
 
@@ -124,21 +129,24 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
         if wanted.window > longest:
             raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
         room = wanted.window or min(getattr(task, "WINDOW", length), longest)
-        pages = task.pages(rows, source.column, tokenizer, room) if hasattr(task, "pages") else []
-        made = _some(task.examples(rows, source.column, tokenizer, room), where, source)
+        with refusing(DataError, where):
+            pages = task.pages(rows, source.column, tokenizer, room) if hasattr(task, "pages") else []
+            made = _some(task.examples(rows, source.column, tokenizer, room), where, source)
         return ScoredSet(role, name, made, source.cluster, pages)
     forms = getattr(task, "FORMS", ())
     if source.form and source.form not in forms:
         raise ConfigError(f"[{wanted.table}] form = {source.form!r}; task {name!r} has {list(forms) or 'none'}")
     rows = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
     if task.KIND == "response":
-        made = task.examples(rows, where, tokenizer, length)
+        with refusing(DataError, where):
+            made = task.examples(rows, where, tokenizer, length)
         return ScoredSet(role, name, keep_answered(made, where, recipe.train.too_long, length), source.cluster)
-    questions = [(task.item(row, *([source.form] if source.form else [])), row) for row in task.select(rows, where)]
-    answered = [
-        encode(tokenizer, item["id"], item["prompt"], task.response(row, explanation=False), length, end=True)
-        for item, row in questions
-    ]
+    with refusing(DataError, where):
+        questions = [(task.item(row, *([source.form] if source.form else [])), row) for row in task.select(rows, where)]
+        answered = [
+            encode(tokenizer, item["id"], item["prompt"], task.response(row, explanation=False), length, end=True)
+            for item, row in questions
+        ]
     kept = {example.id for example in keep_answered(answered, where, recipe.train.too_long, length)}
     items = [item for item, _ in questions if item["id"] in kept]
     twice = [id for id, count in Counter(item["id"] for item in items).items() if count > 1]
@@ -150,8 +158,9 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
 def load_text(recipe: Recipe, source: Source, tokenizer: Any) -> list[Example]:
     """Windows of plain text to train on."""
     rows, length = load_texts(source, recipe.data, recipe.parts), recipe.train.max_length
-    made = find_task("perplexity").examples(rows, source.column, tokenizer, length)
-    return _some(made, place(source, recipe.data), source)
+    with refusing(DataError, place(source, recipe.data)):
+        made = find_task("perplexity").examples(rows, source.column, tokenizer, length)
+        return _some(made, place(source, recipe.data), source)
 
 
 def _some(examples: list[Example], where: str, source: Source) -> list[Example]:

@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
+import re
 import tomllib
 import types
 import typing
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import ConfigError
+from .errors import ConfigError, refusing
 from .recipe import Method, Recipe, sources
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -32,6 +34,9 @@ KINDS: dict[str, set[str]] = {  # of methods, and the keys that each reads besid
     "shira": {"lr", "replay", "layers", "r", "options"},
     "full": {"lr", "replay"},
 }
+MOST_METHODS = 10_000  # that the axes of one method make: more were hardly meant, and billions would fill the memory
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # what no file of Windows can be named
+LONGEST = 200  # bytes of a method's name: a file's is 255 at most, and a run's folder adds a hash
 SHORT = {"rows_per_step": "t", "layers": "layers", "n_keys": "keys"}  # in the names of methods made by axes
 
 
@@ -58,19 +63,24 @@ def load_recipe(path: str | Path, settings: Sequence[str] = (), **overrides: Any
     Raises:
         ConfigError: for a file that is not TOML, an unknown key (with the nearest name), or a value that cannot be.
     """
-    file = find_recipe(path)
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not TOML: {error}") from error
+    with refusing(ConfigError, f"the recipe {str(path)!r} cannot be read"):
+        file = find_recipe(path)
+        try:
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not TOML: {error}") from error
+        return _recipe(table, file.name, settings, overrides)
+
+
+def _recipe(table: dict[str, Any], where: str, settings: Sequence[str], overrides: dict[str, Any]) -> Recipe:
     table |= {key: value for key, value in overrides.items() if value is not None}
     for setting in settings:
         _merge(table, _setting(setting))
     methods = table.get("methods")
     if isinstance(methods, dict):
-        table["methods"] = _named([m for item in methods.items() for m in _expanded(*item, file.name)], file.name)
-    recipe = build(Recipe, table, file.name)
-    _check(recipe, file.name)
+        table["methods"] = _named([m for item in methods.items() for m in _expanded(*item, where)], where)
+    recipe = build(Recipe, table, where)
+    _check(recipe, where)
     return recipe
 
 
@@ -100,6 +110,9 @@ def _expanded(name: str, method: Any, where: str) -> list[tuple[str, Any]]:
     for key, values in axes.items() if isinstance(axes, dict) else [("axes", axes)]:
         if key not in keys or not isinstance(values, list) or not values:
             raise ConfigError(f"{where}: {key} = {values!r}; expected lists of values for keys of {keys}")
+    number = math.prod(map(len, axes.values()))
+    if number > MOST_METHODS:
+        raise ConfigError(f"{where}: these axes make {number:,} methods; expected {MOST_METHODS:,} at most")
     plain = {key: value for key, value in method.items() if key != "axes"}
     expanded = []
     for values in itertools.product(*axes.values()):
@@ -112,10 +125,12 @@ def _named(methods: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     """The methods by name; a name is part of a folder's, and two methods cannot share one."""
     named: dict[str, Any] = {}
     for name, method in methods:
-        if not name or name.startswith(".") or any(mark in name for mark in "/\\\0"):
+        bad = name.startswith(".") or any(mark in name for mark in "/\\") or not name.isprintable()
+        if not name or bad or DEVICES.fullmatch(name) or len(name.encode()) > LONGEST:
             raise ConfigError(
-                f"{where}: a method is named {name!r}, but its runs' folders begin with that; expected a name that is "
-                "not empty, does not begin with a dot, and has no slash, backslash or NUL"
+                f"{where}: a method is named {name!r:.300}, but its runs' folders begin with that; expected a name of "
+                f"1 to {LONGEST} bytes that does not begin with a dot, has no slash, backslash or control character, "
+                "and is no device's of Windows"
             )
         if name in named:
             raise ConfigError(f"{where}: two methods are named {name!r} once axes are written out; rename one of them")
@@ -155,6 +170,8 @@ def _value(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, dict):  # within a list
+        return f"{{ {', '.join(f'{_key(key)} = {_value(item)}' for key, item in value.items())} }}"
     return repr(value)
 
 
@@ -172,6 +189,7 @@ def build(cls: type, table: Any, where: str) -> Any:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
+        json.dumps(value)  # hashes of recipes are of JSON, which has no dates
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # X | None

@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import ConfigError, DataError
 from .evaluate import mean_of
+from .files import read_text
 from .fingerprint import json_hash
 from .recipe import Method, Recipe
 from .recipe_file import build, check_numbers, load_recipe
@@ -41,7 +42,7 @@ def read_result(path: Path) -> dict[str, Any]:
         DataError: saying what is wrong with the file.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"it cannot be read as JSON: {error}") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT:
@@ -275,7 +276,7 @@ def _failure(path: Path) -> dict[str, Any] | None:
     if path.with_name("result.json").exists():
         return None
     try:
-        failure = json.loads(path.read_text(encoding="utf-8"))
+        failure = json.loads(read_text(path))
         _expect(failure, FAILURE, "")
         _expect(failure["options"], {"lr": NUMBER}, "options.")
     except (OSError, ValueError, RecursionError):  # ValueError: DataError too

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import gzip
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import world
 from .data import Row, numbered
-from .errors import DataError
+from .errors import DataError, refusing
 from .fingerprint import hashed, part_of
 from .recipe import Source
 
 READERS = {".parquet": "parquet", ".csv": "csv"}  # by suffix; everything else is read as JSON lines
+NESTED = 500  # brackets within brackets; pyarrow's JSON parser ends the process at some ten thousand
+NOT_STRUCTURE = bytes({*range(256)} - {*b'[]{}"'})
 
 
 def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Sequence[str]) -> list[Row]:
@@ -29,6 +32,11 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
         DataError: naming file, column or row.
     """
     where = place(source, data)
+    with refusing(DataError, where):
+        return _chosen(source, data, parts, need, where)
+
+
+def _chosen(source: Source, data: str, parts: Mapping[str, float], need: Sequence[str], where: str) -> list[Row]:
     if source.part and not parts:
         raise DataError(f"{where}: a source names a part, but the recipe has no [parts] table of shares")
     rows = _read(source, data)
@@ -104,10 +112,30 @@ def _read(source: Source, data: str) -> Any:
         raise DataError(f"a source of the recipe names no path below --data {data!r}")
     if not file.is_file():
         raise DataError(f"no data file at {file}; --data must be the folder that has {source.path!r}, or hub")
+    if file.suffix not in READERS:
+        _check_nesting(file)
     try:
         return datasets.load_dataset(READERS.get(file.suffix, "json"), data_files=str(file), split="train")
     except Exception as error:  # datasets wraps many parsers' errors
         raise DataError(f"{file} cannot be read as JSON lines: {error.__cause__ or error}") from error
+
+
+def _check_nesting(file: Path) -> None:
+    """Refuse a file whose JSON is nested too deep for the parser, which would crash."""
+    with file.open("rb") as plain:
+        packed = plain.read(2) == b"\x1f\x8b"
+    left = b""  # brackets that are open so far
+    with gzip.open(file) if packed else file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1 and line.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"", b"{", b"["):
+                raise DataError(f"{file} is neither JSON lines, nor such lines packed by gzip; it begins {line[:20]!r}")
+            bare = line.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NOT_STRUCTURE)
+            left += b"".join(bare.split(b'"')[::2])  # without what stands in strings
+            for _ in range(NESTED):
+                if len(left) == len(left := left.replace(b"[]", b"").replace(b"{}", b"")):
+                    break
+            if len(left) > NESTED:
+                raise DataError(f"{file}, line {number}: more than {NESTED} brackets are open, or do not match")
 
 
 def _from_hub(source: Source) -> Any:

@@ -68,5 +68,14 @@ def with_whole_tables(state: Mapping[str, Tensor], shapes: Mapping[str, MemorySh
     return whole
 
 
+def check_sizes(state: Mapping[str, Tensor], shapes: Mapping[str, MemoryShape]) -> None:
+    """Refuse a checkpoint whose tensors do not have the sizes of the model's memories; none of them is loaded then."""
+    for name, shape in shapes.items():
+        for kind, (_, size) in shape.layouts().items():
+            tensor = state.get(f"{name}.{MEMORY_PREFIX}{kind}")
+            if tensor is not None and tuple(tensor.shape) != size:
+                raise PatchError(f"{name}: {kind} is {tuple(tensor.shape)} in the file; the model has {size}")
+
+
 def _hash_bytes(start_ND: Tensor) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(tensors_hash({"values": start_ND})), dtype=torch.uint8)

@@ -22,7 +22,7 @@ from transformers import set_seed
 from . import methods
 from .base import load_base
 from .data import Loaded, in_order, with_replay
-from .errors import ConfigError
+from .errors import ConfigError, refusing
 from .evaluate import score
 from .files import write_atomically, write_json
 from .jobs import LOCK
@@ -224,7 +224,8 @@ def evaluate_saved(recipe: Recipe, *, adapter: str | None, patch: str | None) ->
         return [{"method": "base", "kind": "base", "scores": score(model, tokenizer, recipe, sets)}]
     # attach first, so that what does not fit is refused before the base is scored
     if file is None:
-        model = PeftModel.from_pretrained(model, str(adapter))
+        with refusing(ConfigError, f"--adapter {adapter!r} cannot be loaded"):  # PEFT reads pickles as weights only
+            model = PeftModel.from_pretrained(model, str(adapter))
         result: dict[str, Any] = {"method": Path(str(adapter)).name, "kind": "adapter"}
     else:
         file.check_base(model)

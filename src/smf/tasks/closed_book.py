@@ -65,10 +65,11 @@ def _answers(row: Mapping[str, Any], where: str) -> list[str]:
     if column == "possible_answers" and isinstance(texts, str):
         try:
             texts = json.loads(texts)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: column {column!r} is not JSON ({texts!r})") from error
     if isinstance(texts, Mapping):
-        texts, expected = [texts.get("value"), *(texts.get("aliases") or [])], "a table with a value and aliases"
+        aliases, expected = texts.get("aliases") or [], "a table with a value and a list of aliases"
+        texts = [texts.get("value"), *aliases] if isinstance(aliases, list) else None
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
