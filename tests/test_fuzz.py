@@ -147,7 +147,12 @@ def patches(folder: Path) -> Try:
     models = [tiny_model(train="rows+scale"), tiny_model(init="paper")]
     files = []
     for number, model in enumerate(models):
-        train(model, steps=2, lr_other=0.1, provenance=number == 0)
+        options = {"provenance": True, "lr_other": 0.1} if number == 0 else {}
+        optimizer = smf.SparseMemoryOptimizer(model, lr=0.1, rule="tf", rows_per_step=8, **options)
+        model.train()
+        ids = {"example_ids": torch.arange(4)} if options else {}
+        model(**batch(), **ids).loss.backward()
+        optimizer.step()
         smf.save_patch(model, folder / f"{number}.smf", corpus={"a": [1, "b"]})
         files.append((folder / f"{number}.smf").read_bytes())
     fresh = [tiny_model(train="rows+scale"), tiny_model(init="paper")]

@@ -123,14 +123,31 @@ def test_keys_that_a_kind_does_not_read_are_refused(recipe_file: Path, kind: str
         load_recipe(changed(recipe_file, "[methods.lora]", table))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "/a", "..\\\\a", "a\\u0000"])
+NO_NAMES = [
+    "",
+    ".",
+    "..",
+    ".hidden",
+    "a/b",
+    "/a",
+    "..\\\\a",
+    "a\\u0000",
+    "a\\nb",
+    "\\u001b[2J",
+    "con",
+    "Nul.txt",
+    "lpt1",
+]
+
+
+@pytest.mark.parametrize("name", [*NO_NAMES, "ä" * 101])
 def test_names_that_are_no_part_of_a_folders_are_refused(recipe_file: Path, name: str):
     changed(recipe_file, "[methods.lora]", f'[methods."{name}"]')
     with pytest.raises(ConfigError, match=re.escape(f"a method is named {json.loads(chr(34) + name + chr(34))!r}")):
         load_recipe(recipe_file)
 
 
-@pytest.mark.parametrize("name", ["a b", "ä", "a:b", "a.b", "-", "a=1"])
+@pytest.mark.parametrize("name", ["a b", "ä", "a:b", "a.b", "-", "a=1", "console", "com", "ä" * 100])
 def test_names_that_are_part_of_a_folders_are_read(recipe_file: Path, name: str):
     assert name in load_recipe(changed(recipe_file, "[methods.lora]", f'[methods."{name}"]')).methods
 

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("matplotlib")
 
+import fakes
 import smf.report
-from smf import plots
+from smf import cli, plots
 from smf.errors import DataError
 from smf.logs import averaged, quantities, read_log
 from smf.report import write_report
@@ -991,3 +992,31 @@ def test_a_hostile_page_runs_nothing_and_asks_for_nothing(browser: Browser, tmp_
     assert asked == [f"file://{tmp_path / 'report.html'}"]
     wrong = [each for each in browser.seen if each["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
     assert wrong == []
+
+
+TAG = "<img src=x onerror=document.body.dataset.owned=1>"  # without a slash, so that a folder can be named so
+
+
+@needs_chromium
+def test_a_hostile_folder_runs_nothing(browser: Browser, tmp_path: Path):
+    """Names of runs' folders, methods, sets and failures, as `smf report` reads them."""
+    own = fakes.recipe()
+    here = {"comparison": own.comparison_id()}
+    runs = tmp_path / f"runs {TAG}"
+    fakes.write(runs / f"base {TAG}", fakes.base() | here, own)
+    made = fakes.result(f"lora {HOSTILE}", fakes.scores(0.6), kind="lora") | here
+    for record in made["scores"]["held-out"]["records"]:
+        record |= {"question": HOSTILE, "right": HOSTILE, "said": HOSTILE}
+    fakes.write(runs / "lora", made, own)
+    fakes.write(runs / f"broken {TAG}", "{", own)
+    failed = {"method": f"full {HOSTILE}", "options": {"lr": 0.1}, "seed": 0, "reason": HOSTILE} | here
+    (fakes.write(runs / f"failed {TAG}", "", own) / "result.json").unlink()
+    (runs / f"failed {TAG}" / "failed.json").write_text(json.dumps(failed))
+    cli.report((runs,))
+    browser.open(runs / "report.html")
+    text = browser.run("document.body.textContent")
+    assert browser.run("document.title").startswith(f"runs {TAG} on ")
+    assert all(part in text for part in (f"broken {TAG}", f"full {HOSTILE}", f"training failed ({HOSTILE})", HOSTILE))
+    assert browser.run("document.querySelectorAll('img, script[src], [onerror]').length") == 0
+    assert browser.run("document.body.dataset.owned") is None
+    assert [each for each in browser.seen if each["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")] == []

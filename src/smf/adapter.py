@@ -152,6 +152,9 @@ class SparseMemoryModel(BaseTuner):
                 f"hash {str(config.base_hash)[:12]}, this model's weights have {found[:12]}; load the base it names, "
                 "in float32 or bfloat16 (float16 rounds its weights)"
             )
+        like = next(model.parameters())
+        shape = config.shape(config.layers[0], decoder.width, like.dtype if like.is_floating_point() else torch.float32)
+        shape.check_room(len(names) if like.device.type == "cpu" else 1)  # before the first layer is wrapped
         config.base_hash = config.base_hash or found
         config.target_modules = names
         self._decoder = decoder

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from .config import SparseMemoryConfig
-from .errors import PatchError, refusing
+from .errors import ConfigError, PatchError, refusing
 from .files import write_atomically
 from .fingerprint import MEMORY_PREFIX
 from .memory import MemoryShape
@@ -51,15 +51,16 @@ def open_patch(path: str | Path) -> Patch:
     What a saved adapter changed is relative to the reproducible start of its memory.
     """
     path = Path(path)
-    if (path / "patch.smf").is_file():
-        return load_patch(path / "patch.smf")
-    if (path / CONFIG).is_file():
-        return patch_of_adapter(path)
-    if path.is_dir():
-        raise PatchError(
-            f"{path} has neither a patch.smf nor an {CONFIG}; give a patch, a run's folder or an adapter's"
-        )
-    return load_patch(path)
+    with refusing(PatchError, f"{path} cannot be read"):
+        if (path / "patch.smf").is_file():
+            return load_patch(path / "patch.smf")
+        if (path / CONFIG).is_file():
+            return patch_of_adapter(path)
+        if path.is_dir():
+            raise PatchError(
+                f"{path} has neither a patch.smf nor an {CONFIG}; give a patch, a run's folder or an adapter's"
+            )
+        return load_patch(path)
 
 
 def load(base: Any, patch: str | Path | Patch, **options: Any) -> Any:
@@ -151,6 +152,10 @@ def fresh_adapter(patch: Patch) -> AdapterFile:
     """The adapter at its reproducible start that a patch belongs to."""
     config, tensors = patch.config, {}
     assert config.target_modules is not None  # a patch's config is that of an attached memory
+    try:
+        patch.shape(next(iter(patch.rows))).check_room(len(patch.rows))
+    except ConfigError as error:
+        raise PatchError(f"the adapter of this patch cannot be made: {error}") from error
     for layer, name in zip(patch.rows, config.target_modules, strict=True):
         start = patch.shape(layer).start()
         tensors |= {f"{PREFIX}{name}.{MEMORY_PREFIX}{kind}": tensor for kind, tensor in start.items()}

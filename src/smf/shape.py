@@ -69,8 +69,8 @@ class MemoryShape:
             "values": (self.table_dtype, (self.n_rows, d))
         }
 
-    def check_room(self) -> None:
-        """Refuse a start that takes more memory than this machine has left.
+    def check_room(self, layers: int = 1) -> None:
+        """Refuse starts of so many layers that take more memory than this machine has left.
 
         Where a file says the sizes, nothing but this machine bounds them: a file of a few rows may belong to a table of
         gigabytes, which is drawn anew and not read. What is drawn is drawn in float32 and then cast.
@@ -80,11 +80,11 @@ class MemoryShape:
             zeros = kind == "values" and self.init == "zero"
             cast = 0 if zeros or dtype == torch.float32 else 4
             needed += math.prod(size) * (dtype.itemsize + cast)
-        room = available_memory()
+        needed, room = layers * needed, available_memory()
         if needed > room:
             raise ConfigError(
                 f"a memory of n_keys={self.n_keys}, heads={self.heads}, k_dim={self.k_dim} at width {self.d} takes "
-                f"{needed / 2**30:,.1f} GiB to make (layer {self.layer}), and this machine has {room / 2**30:,.1f} GiB "
+                f"{needed / 2**30:,.1f} GiB to make at {layers} layer(s), and this machine has {room / 2**30:,.1f} GiB "
                 "left; make it smaller, or use a machine with more memory"
             )
 
