@@ -356,8 +356,10 @@ def rows(folder: Path) -> Try:
     def attempt(data: st.DataObject) -> None:
         task = data.draw(st.sampled_from(sorted(ROWS)))
         given = Rows([json.loads(json.dumps(ROWS[task])) for _ in range(2)])
-        given[0] = with_junk(data, given[0])
+        for _ in range(data.draw(st.integers(1, 3))):
+            given[0] = with_junk(data, given[0])
         given.column_names = list(given[0] | given[1])
+        given[:] = [dict.fromkeys(given.column_names) | row for row in given]
         source = Source(path="x", cluster=".", min_chars=data.draw(st.sampled_from([0, 2])), task=task, sample=1)
         own = Recipe(base="world", data="here", target=Target(task=task, train=source, eval={"a": source}))
         smf.sources._read = lambda *_: given
