@@ -30,6 +30,7 @@ from conftest import batch, tiny_model, train
 from fakes import base, curve, recipe, result, scores, write
 from smf.adapter_file import CONFIG, TENSORS, fresh_adapter, patch_of_adapter, put_into_adapter, read_adapter
 from smf.errors import SmfError
+from smf.export import as_csv, as_json
 from smf.files import write_tensors
 from smf.fingerprint import tensors_hash
 from smf.logs import read_log
@@ -40,7 +41,7 @@ from smf.row_report import belongs, row_report
 from smf.runs import read_runs
 from smf.sources import load_rows
 from smf.summary import summarise
-from smf.table import all_tables, as_csv, as_json
+from smf.table import all_tables
 from test_patch import forge, memory_state, read_file
 from test_runs import places, put
 from tiny import RECIPE, make_tokenizer, question, write_lines

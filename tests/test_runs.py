@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from fakes import base, curve, recipe, result, scores, write
 from smf.errors import ConfigError, DataError
+from smf.export import as_csv, as_json
 from smf.recipe import MemoryOptions, Method
 from smf.recipe_file import to_toml
 from smf.report import write_report
 from smf.runs import Runs, read_result, read_runs
 from smf.summary import summarise
-from smf.table import all_tables, as_csv, as_json, markdown
+from smf.table import all_tables, markdown
 
 RECIPE = recipe()
 HERE = RECIPE.comparison_id()

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from fakes import N, answers, base, choices, curve, result, scores, text
 from smf.errors import ConfigError, DataError
+from smf.export import as_csv, as_json
 from smf.summary import Summary, summarise, verdict
-from smf.table import all_tables, as_csv, as_json, caption, label_of, markdown, one_line, print_tables
+from smf.table import all_tables, caption, label_of, markdown, one_line, print_tables
 
 NASTY = "a|b\n## [red]x[/red] [link=file:///]:smile: <script>*`_\\ \x1b[31m\u202e\r\ud800"
 

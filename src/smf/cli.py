@@ -223,10 +223,11 @@ def _publish(
     shown: Sequence[str] = (),
 ) -> None:
     """Write report.html, table.md and summary.json of all runs into the output folder, and print those to be shown."""
+    from .export import as_csv, as_json
     from .files import write_atomically, write_json
     from .report import write_report
     from .summary import summarise
-    from .table import as_csv, as_json, markdown, print_tables
+    from .table import markdown, print_tables
 
     recipe, output = found.recipe, Path(found.recipe.output)
     summary = summarise(found.results, recipe.target.metrics, against, gains, found.failed)
