@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from conftest import tiny_base
+from smf import world
 from smf.data import Collator, Example, encode, in_order, keep_answered, numbered
 from smf.errors import DataError
 from smf.evaluate import example_losses, nats_per_token
@@ -16,7 +18,7 @@ from smf.prepare import load
 from smf.recipe import Source
 from smf.recipe_file import load_recipe
 from smf.sources import load_rows, load_texts
-from smf.tasks import medmcqa, perplexity
+from smf.tasks import choices, medmcqa, perplexity
 from tiny import make_base, make_tokenizer, make_world, question, write_lines
 
 PARTS = {"background": 0.4, "healing": 0.3, "probe": 0.3}
@@ -89,6 +91,31 @@ def test_response_begins_after_the_prompt_and_ends_with_eos():
     example = encode(tokenizer, "x", "Question : word1 word2 Answer :", " A . word3", 64, end=True)
     assert tokenizer.decode(example.ids[example.start :]) == "A . word3 <eos>"
     assert tokenizer.decode(example.ids[: example.start]) == "Question : word1 word2 Answer :"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "learned"),
+    [
+        ("What is the color of the house: ", "red", [" red"]),
+        ("the color of the house: ", "the red house", [" the", " red", " house"]),
+        ("the color of the house:\n", "red", ["r", "ed"]),  # no blank is joined to the word: only the answer
+        ("the color of the house:", " red", [" red"]),
+    ],
+)
+def test_the_first_word_of_an_answer_is_learned_where_the_prompt_ends_in_a_blank(prompt, response, learned):
+    tokenizer = AutoTokenizer.from_pretrained(world.BASE)
+    example = encode(tokenizer, "x", prompt, response, 64, end=False)
+    assert [tokenizer.decode([id]) for id in example.ids[example.start :]] == learned
+
+
+def test_examples_whose_prompt_ends_in_no_blank_begin_where_the_prompts_own_tokens_end():
+    """As ever: committed results, and the names of their runs, go with these examples."""
+    tokenizer = AutoTokenizer.from_pretrained(world.BASE)
+    for row in choices.select(world.rows("exam_training"), "exam")[:300]:
+        prompt, response = row["prompt"], choices.response(row, explanation=True)
+        ids = tokenizer(prompt + response)["input_ids"]
+        expected = Example("x", ids, len(tokenizer(prompt)["input_ids"]))
+        assert not prompt[-1].isspace() and encode(tokenizer, "x", prompt, response, 128, end=False) == expected
 
 
 def test_cut_answers_are_refused_or_dropped_and_counted(capsys: pytest.CaptureFixture[str]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -102,6 +103,8 @@ class Loaded:
 def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int, *, end: bool) -> Example:
     """Tokens of prompt and response together; the response begins where the prompt's own tokens end.
 
+    A prompt's last blank may become one token with the response's first word: that token is where it begins.
+
     Args:
         tokenizer: of the base.
         id: names the row.
@@ -109,8 +112,11 @@ def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int,
         max_length: tokens kept.
         end: whether an end-of-sequence token follows, where the tokenizer has one.
     """
-    start = len(tokenizer(prompt)["input_ids"]) if prompt else 0
+    own = tokenizer(prompt)["input_ids"] if prompt else []
     ids = list(tokenizer(prompt + response)["input_ids"])
+    start = len(own)
+    if prompt[-1:].isspace():  # else as ever: runs that are finished keep their names, so their examples stay the same
+        start = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(own, ids, strict=False))))
     if end and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return Example(id, ids[:max_length], start)

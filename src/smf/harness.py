@@ -42,7 +42,7 @@ def _choice_record(item: dict[str, Any], sample: dict[str, Any], tokenizer: Any)
     prompt, choices, right = item["prompt"], item["choices"], item["answer"]
     scores = [float(response[0]) for response in sample["filtered_resps"]]
     sums, letters = scores[: len(choices)], scores[len(choices) :]
-    start = len(tokenizer(prompt)["input_ids"])
+    start = len(tokenizer(prompt.rstrip())["input_ids"])  # the harness scores a prompt's last blanks with the choice
     tokens = [max(1, len(tokenizer(prompt + choice)["input_ids"]) - start) for choice in choices]
     means = [total / count for total, count in zip(sums, tokens, strict=True)]
     pick, pick_norm = _largest(sums), _largest(means)
