@@ -10,6 +10,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import tiny_config
 from smf.harness import choice_records
@@ -57,6 +58,31 @@ def check_equal(model: Any, seed: int = 0, sizes: tuple[int, ...] = (1, 8, 64)) 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_gives_the_scores_of_one_by_one(name: str):
     check_equal(tiny(name), sizes=(8,))
+
+
+WIDTH = {"vocab_size": 160, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+STATES: dict[str, dict[str, Any]] = {  # models that keep more of a prompt than keys and values
+    "falcon_h1": HEADS | {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "jamba": HEADS | {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 8},
+    "lfm2": HEADS | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mamba": {"state_size": 8},
+    "qwen3_next": HEADS
+    | LINEAR
+    | EXPERTS
+    | {"head_dim": 8, "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "recurrent_gemma": HEADS
+    | {"head_dim": 8, "lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_models_with_states_beside_keys_and_values_are_scored_by_the_harness_own_way(name: str):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **WIDTH | STATES[name])).eval()
+    check_equal(model, sizes=(8,))
 
 
 @pytest.mark.parametrize("seed", range(4))
