@@ -148,12 +148,12 @@ def _records(model: nn.Module, tokenizer: Any, recipe: Recipe, name: str, scored
     options: dict[str, Any] = {"batch_size": recipe.eval_batch_size}
     if task.KIND in ("text", "response"):
         return example_losses(model, items, tokenizer, loss="answer", title=name, **options)
+    if task.KIND == "harness":
+        return task_records(model, tokenizer, items[0], folder=recipe.lm_eval_tasks, **options)
     options["max_length"] = recipe.train.max_length
     if task.KIND == "choice":
         return choice_records(model, tokenizer, items, **options)
-    if task.KIND == "answer":
-        return answer_records(model, tokenizer, items, stop=task.STOP, marks=task.marks, **options)
-    return task_records(model, tokenizer, items[0], folder=recipe.lm_eval_tasks, **options)
+    return answer_records(model, tokenizer, items, stop=task.STOP, marks=task.marks, **options)
 
 
 def _divergence(

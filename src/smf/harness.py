@@ -18,6 +18,7 @@ from .memory import evaluation_mode
 from .tasks.harness_task import HarnessTask
 
 LONGEST_ANSWER = 32  # tokens
+ANSWER = 256  # tokens that the harness lets a model say where its task does not
 
 
 def choice_records(
@@ -128,12 +129,13 @@ def task_records(
     *,
     folder: str,
     batch_size: int,
-    max_length: int,
 ) -> list[dict[str, Any]]:
     """For each document of one of the harness's tasks its score, a number that is better when it is higher.
 
+    The task has the model's own window: few-shot prompts and answers are longer than what is trained.
+
     Args:
-        model, tokenizer, batch_size, max_length: as everywhere.
+        model, tokenizer, batch_size: as everywhere.
         task: what to run.
         folder: with tasks of one's own; "": none.
 
@@ -142,7 +144,7 @@ def task_records(
     """
     loaded = load_task(task.name, folder)
     with evaluation_mode(model):
-        samples = _run(loaded, model, tokenizer, batch_size, max_length + LONGEST_ANSWER, task.limit)["samples"]
+        samples = _run(loaded, model, tokenizer, batch_size, None, task.limit)["samples"]
     records = []
     for name in sorted(samples):
         for sample in sorted(samples[name], key=lambda s: s["doc_id"]):
@@ -160,13 +162,36 @@ def task_records(
 
 
 def load_task(name: str, folder: str) -> Any:
-    """One of the harness's tasks, with its documents; raises ConfigError for a name that it does not know."""
+    """One of the harness's tasks, groups or tags, with its documents; raises ConfigError for a name it does not know."""
     manager = _manager(folder)
     if name not in manager.all_tasks:
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
         raise ConfigError(f"lm-evaluation-harness has no task {name!r}{f'; near: {near}' if near else ''}")
     with _quiet("lm_eval"):
         return manager.load([name])
+
+
+def check_task(asked: HarnessTask, folder: str, window: int) -> None:
+    """Refuse what cannot be scored, before hours of work.
+
+    Args:
+        asked: a task, a group or a tag of the harness.
+        folder: with tasks of one's own; "": none.
+        window: tokens that the base reads at most.
+
+    Raises:
+        ConfigError: for a name that the harness does not know, and for answers that the window has no room for.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    for name, task in load_task(asked.name, folder)["tasks"].items():
+        if task.OUTPUT_TYPE == "generate_until":
+            room = normalize_gen_kwargs(dict(task.config.generation_kwargs or {}), ANSWER)["max_gen_toks"]
+            if room >= window:
+                raise ConfigError(
+                    f"lm_eval task {name!r} lets a model say {room} tokens, and the base reads {window} at most, prompt "
+                    "and answer; give it a smaller max_gen_toks in a task file of your own (lm_eval_tasks)"
+                )
 
 
 @functools.cache
@@ -177,22 +202,25 @@ def _manager(folder: str) -> Any:
     return TaskManager(include_path=folder or None)
 
 
-def _run(loaded: Any, model: Any, tokenizer: Any, batch_size: int, max_length: int, limit: int = 0) -> Any:
-    """Results of loaded tasks, with every document's sample."""
+def _run(loaded: Any, model: Any, tokenizer: Any, batch_size: int, max_length: int | None, limit: int = 0) -> Any:
+    """Results of loaded tasks, with every document's sample; without a length, in the model's own window."""
     import lm_eval
 
     from .shared_prompts import SharedPromptLM
 
-    longest = getattr(model.config, "max_position_embeddings", None) or max_length
+    if max_length is not None:
+        max_length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
     with _quiet("lm_eval"):
         lm = SharedPromptLM(
             pretrained=model,
             tokenizer=_completed(tokenizer, model),
             batch_size=batch_size,
-            max_length=min(max_length, longest),
+            max_length=max_length,
             prefix_token_id=prefix_id(tokenizer),
             add_bos_token=bool(tokenizer("")["input_ids"]),  # as in training
         )
+    # prompts that are cut are said, but where a recipe's own length cuts them, which loading has looked at
+    with _quiet("lm_eval", logging.ERROR if max_length else logging.WARNING):
         # not simple_evaluate: it also collects the environment, seconds a call, and seeds every generator
         return lm_eval.evaluate(lm, loaded, log_samples=True, bootstrap_iters=0, limit=limit or None)
 
@@ -216,11 +244,11 @@ def _completed(tokenizer: Any, model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def _quiet(name: str, level: int = logging.ERROR) -> Iterator[None]:
     loggers = [logging.getLogger(n) for n in [name, *logging.root.manager.loggerDict] if n.split(".")[0] == name]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(level)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 from .base import check_models, load_tokenizer, positions, resolved_base
 from .data import Example, Loaded, ScoredSet, encode, keep_answered
 from .errors import ConfigError, DataError
-from .harness import load_task
+from .harness import check_task
 from .recipe import VALIDATION, Asked, Recipe, Source, asked, sources
 from .sources import load_rows, load_texts, place, resolved
 from .tasks import find_task, harness_task, lessons
@@ -116,7 +116,7 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     task, where, length = find_task(name), place(source, recipe.data), recipe.train.max_length
     if task.KIND == "harness":
         known = harness_task.parse(name, source.limit)
-        load_task(known.name, recipe.lm_eval_tasks)  # raises where there is none, or where its documents are not
+        check_task(known, recipe.lm_eval_tasks, positions(recipe))
         return ScoredSet(role, name, [known])
     if task.KIND == "text":
         rows = load_texts(source, recipe.data, recipe.parts)

@@ -1,0 +1,56 @@
+"""Tasks of lm-evaluation-harness by name: their window, metric and filter, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from smf.errors import ConfigError
+from smf.harness import check_task, task_records
+from smf.tasks import harness_task
+from tiny import WORDS, make_base, make_tokenizer, write_lines
+
+TOKENIZER = make_tokenizer()
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {folder}/rows.jsonl}}
+test_split: train
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+"""
+SAY = "output_type: generate_until\ngeneration_kwargs: {until: ['.'], do_sample: false"
+OWN = {"says": SAY + "}\nmetric_list: [{metric: exact_match}]\n"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Tasks of one's own; looking through a folder takes seconds, so all tests have one."""
+    made = tmp_path_factory.mktemp("tasks")
+    rows = [{"q": " ".join(WORDS[i : i + 100]), "a": WORDS[i], "c": WORDS[i : i + 2]} for i in range(3)]
+    write_lines(made / "rows.jsonl", rows)
+    for name, text in OWN.items():
+        (made / f"{name}.yaml").write_text(TASK.format(name=name, folder=made) + text)
+    return str(made)
+
+
+def asked(task: str) -> harness_task.HarnessTask:
+    return harness_task.parse(f"lm_eval:{task}", 0)
+
+
+def base_of(window: int) -> Any:
+    model = make_base()
+    model.config.max_position_embeddings = window
+    return model
+
+
+def test_tasks_have_the_models_own_window_and_not_that_of_training(folder: str):
+    model, read = base_of(512), []
+    model.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"].shape[1]), with_kwargs=True)
+    records = task_records(model, TOKENIZER, asked("says"), folder=folder, batch_size=4)
+    assert len(records) == 3 and max(read) == 100  # the whole prompt, with room for the harness's 256 tokens
+
+
+def test_answers_that_the_window_has_no_room_for_are_refused_by_name(folder: str):
+    with pytest.raises(ConfigError, match="'says' lets a model say 256 tokens, and the base reads 128 at most"):
+        check_task(asked("says"), folder, 128)
