@@ -18,7 +18,9 @@ from smf.data import Collator, Example
 from smf.errors import ConfigError, DataError
 from smf.evaluate import example_losses
 from smf.harness import choice_records
-from smf.recipe import Source
+from smf.prepare import load_set
+from smf.recipe import Source, asked
+from smf.recipe_file import load_recipe
 from smf.sources import load_rows
 from smf.tasks import (
     closed_book,
@@ -32,7 +34,7 @@ from smf.tasks import (
     triviaqa,
     wikitext,
 )
-from tiny import WORDS, make_base, make_tokenizer, question, write_lines
+from tiny import WORDS, make_base, make_tokenizer, make_world, question, write_lines
 
 TOKENIZER = make_tokenizer()
 
@@ -264,6 +266,25 @@ def test_gsm8k_is_a_question_and_its_solution(shared: Path):
         assert 0 < example.start < len(example.ids) and row["question"]
     with pytest.raises(DataError, match="gsm8k, row 1: column 'answer' is empty"):
         gsm8k_loss.examples([rows[0] | {"answer": None}], "gsm8k", TOKENIZER, 512)
+
+
+def test_solutions_of_gsm8k_are_scored_whole_though_training_is_shorter(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    row = {"question": " ".join(WORDS[:30]), "answer": " ".join(WORDS[:40])}
+    write_lines(tmp_path / "data" / "sums.jsonl", [row])
+    given = ["train.max_length=32", 'probes.sums={task="gsm8k_loss", source={path="sums.jsonl"}}']
+
+    def scored(*more: str) -> int:
+        own = load_recipe(recipe, [*given, *more])
+        (example,) = load_set(own, asked(own)["sums"], TOKENIZER).items
+        return len(example.ids) - example.start
+
+    assert scored() == 41  # all of its words, and the end
+    assert scored("probes.sums.window=60") == 60 - 34
+    with pytest.raises(
+        ConfigError, match=r"\[probes.sums.source\] window = 999, but the base reads 128 tokens at most"
+    ):
+        scored("probes.sums.window=999")
 
 
 # -- WikiText ---------------------------------------------------------------------------------------------------------

@@ -118,12 +118,13 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
         known = harness_task.parse(name, source.limit)
         check_task(known, recipe.lm_eval_tasks, positions(recipe))
         return ScoredSet(role, name, [known])
-    if task.KIND == "text":
-        rows = load_texts(source, recipe.data, recipe.parts)
+    if task.KIND in ("text", "response"):
         longest = positions(recipe)
         if wanted.window > longest:
             raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
         room = wanted.window or min(getattr(task, "WINDOW", length), longest)
+    if task.KIND == "text":
+        rows = load_texts(source, recipe.data, recipe.parts)
         pages = task.pages(rows, source.column, tokenizer, room) if hasattr(task, "pages") else []
         made = _some(task.examples(rows, source.column, tokenizer, room), where, source)
         return ScoredSet(role, name, made, source.cluster, pages)
@@ -132,8 +133,8 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
         raise ConfigError(f"[{wanted.table}] form = {source.form!r}; task {name!r} has {list(forms) or 'none'}")
     rows = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
     if task.KIND == "response":
-        made = task.examples(rows, where, tokenizer, length)
-        return ScoredSet(role, name, keep_answered(made, where, recipe.train.too_long, length), source.cluster)
+        made = task.examples(rows, where, tokenizer, room)
+        return ScoredSet(role, name, keep_answered(made, where, recipe.train.too_long, room), source.cluster)
     questions = [(task.item(row, *([source.form] if source.form else [])), row) for row in task.select(rows, where)]
     answered = [
         encode(tokenizer, item["id"], item["prompt"], task.response(row, explanation=False), length, end=True)

@@ -122,7 +122,8 @@ class Probe:
     source: Source = field(default_factory=Source)
     """Rows to score on."""
     window: int = 0
-    """Tokens of a window of plain text; 0: max_length of [train]; of `wikitext`, 1024 or as many as the base reads."""
+    """Tokens of a window of plain text, or of a response with its prompt; 0: max_length of [train]; of `wikitext` and
+    `gsm8k_loss`, 1024 or as many as the base reads."""
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,7 @@ class Asked:
         role: "target", "validation" or "probe".
         task: name of its task.
         source: its rows.
-        window: tokens of a window of plain text; 0: the task's own.
+        window: tokens of a window of plain text, or of a response with its prompt; 0: the task's own.
     """
 
     table: str
