@@ -20,7 +20,12 @@ doc_to_text: "{{{{q}}}}"
 doc_to_target: "{{{{a}}}}"
 """
 SAY = "output_type: generate_until\ngeneration_kwargs: {until: ['.'], do_sample: false"
-OWN = {"says": SAY + "}\nmetric_list: [{metric: exact_match}]\n"}
+TWO = "filter_list: [{name: strict, filter: [{function: take_first}]}, {name: blind, filter: [{function: regex, "
+TWO += "regex_pattern: '(?!)', fallback: word1}, {function: take_first}]}]\n"
+OWN = {
+    "says": SAY + "}\nmetric_list: [{metric: exact_match}]\n",
+    "filters": SAY + ", max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]\n" + TWO,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +59,14 @@ def test_tasks_have_the_models_own_window_and_not_that_of_training(folder: str):
 def test_answers_that_the_window_has_no_room_for_are_refused_by_name(folder: str):
     with pytest.raises(ConfigError, match="'says' lets a model say 256 tokens, and the base reads 128 at most"):
         check_task(asked("says"), folder, 128)
+
+
+def test_a_document_is_counted_once_after_the_first_filter_or_the_one_that_is_named(folder: str):
+    model, options = base_of(512), {"folder": folder, "batch_size": 4}
+    first = task_records(model, TOKENIZER, asked("filters"), **options)
+    assert [record["id"] for record in first] == ["filters.0", "filters.1", "filters.2"]
+    assert first == task_records(model, TOKENIZER, asked("filters:exact_match,strict"), **options)
+    blind = task_records(model, TOKENIZER, asked("filters:exact_match,blind"), **options)
+    assert [record["score"] for record in blind] == [0, 1, 0]
+    with pytest.raises(ConfigError, match=r"'filters' has no filter 'bling'; it has \['strict', 'blind'\]"):
+        check_task(asked("filters:exact_match,bling"), folder, 512)

@@ -147,7 +147,9 @@ def task_records(
         samples = _run(loaded, model, tokenizer, batch_size, None, task.limit)["samples"]
     records = []
     for name in sorted(samples):
-        for sample in sorted(samples[name], key=lambda s: s["doc_id"]):
+        chosen = _filter_of(task, loaded["tasks"][name])
+        filtered = [sample for sample in samples[name] if sample["filter"] == chosen]
+        for sample in sorted(filtered, key=lambda s: s["doc_id"]):
             metric = task.metric or next(iter(sample["metrics"]))
             score = sample.get(metric)
             if isinstance(score, bool) or not isinstance(score, (int, float)):
@@ -162,7 +164,7 @@ def task_records(
 
 
 def load_task(name: str, folder: str) -> Any:
-    """One of the harness's tasks, groups or tags, with its documents; raises ConfigError for a name it does not know."""
+    """One of the harness's tasks, groups or tags with its documents; raises ConfigError for a name it does not know."""
     manager = _manager(folder)
     if name not in manager.all_tasks:
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -180,18 +182,27 @@ def check_task(asked: HarnessTask, folder: str, window: int) -> None:
         window: tokens that the base reads at most.
 
     Raises:
-        ConfigError: for a name that the harness does not know, and for answers that the window has no room for.
+        ConfigError: for a name or filter that the harness does not know, and where the window has no room for answers.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
     for name, task in load_task(asked.name, folder)["tasks"].items():
+        _filter_of(asked, task)
         if task.OUTPUT_TYPE == "generate_until":
             room = normalize_gen_kwargs(dict(task.config.generation_kwargs or {}), ANSWER)["max_gen_toks"]
             if room >= window:
                 raise ConfigError(
-                    f"lm_eval task {name!r} lets a model say {room} tokens, and the base reads {window} at most, prompt "
-                    "and answer; give it a smaller max_gen_toks in a task file of your own (lm_eval_tasks)"
+                    f"lm_eval task {name!r} lets a model say {room} tokens, and the base reads {window} at most, "
+                    "prompt and answer; give it a smaller max_gen_toks in a task file of your own (lm_eval_tasks)"
                 )
+
+
+def _filter_of(asked: HarnessTask, task: Any) -> str:
+    """Name of the filter of answers after which a task is scored; without one, the harness calls it "none"."""
+    known = [each["name"] for each in task.config.filter_list or []] or ["none"]
+    if asked.filter and asked.filter not in known:
+        raise ConfigError(f"lm_eval task {task.config.task!r} has no filter {asked.filter!r}; it has {known}")
+    return asked.filter or known[0]
 
 
 @functools.cache
