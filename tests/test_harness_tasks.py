@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from smf.errors import ConfigError
 from smf.harness import check_task, task_records
@@ -24,6 +25,10 @@ TWO = "filter_list: [{name: strict, filter: [{function: take_first}]}, {name: bl
 TWO += "regex_pattern: '(?!)', fallback: word1}, {function: take_first}]}]\n"
 OWN = {
     "says": SAY + "}\nmetric_list: [{metric: exact_match}]\n",
+    "picks": "output_type: multiple_choice\ndoc_to_choice: '{{c}}'\ndoc_to_target: 0\nmetric_list: [{metric: acc}, "
+    "{metric: acc_norm}, {metric: f1}]\n",
+    "errors": SAY + ", max_gen_toks: 4}\nmetric_list: [{metric: exact_match, higher_is_better: false}]\n",
+    "rolls": "output_type: loglikelihood_rolling\nmetric_list: [{metric: word_perplexity}]\n",
     "filters": SAY + ", max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]\n" + TWO,
 }
 
@@ -70,3 +75,28 @@ def test_a_document_is_counted_once_after_the_first_filter_or_the_one_that_is_na
     assert [record["score"] for record in blind] == [0, 1, 0]
     with pytest.raises(ConfigError, match=r"'filters' has no filter 'bling'; it has \['strict', 'blind'\]"):
         check_task(asked("filters:exact_match,bling"), folder, 512)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("picks:acc_nrom", r"'picks' has no metric 'acc_nrom'; it has \['acc', 'acc_norm', 'f1'\]"),
+        ("picks:f1", r"'picks': f1 is no mean over documents, .* those that are: \['acc', 'acc_norm'\]"),
+        ("rolls", '\'rolls\' scores whole texts at once; use task = "wikitext" or "perplexity" of smf'),
+        ("pick", "no task 'pick'; near: .*'picks'"),
+    ],
+)
+def test_what_no_document_has_as_its_score_is_refused_before_work(task: str, said: str, folder: str):
+    with pytest.raises(ConfigError, match=said):
+        check_task(asked(task), folder, 512)
+    check_task(asked("picks:acc_norm"), folder, 512)
+
+
+def test_a_score_that_is_better_when_lower_stands_there_as_its_negative(folder: str):
+    model = base_of(512)
+    assert {r["score"] for r in task_records(model, TOKENIZER, asked("errors"), folder=folder, batch_size=4)} == {0}
+    model.generate = lambda input_ids, **_: torch.cat(
+        [input_ids, TOKENIZER(WORDS[0], return_tensors="pt")["input_ids"].expand(len(input_ids), -1)], 1
+    )
+    wrong = task_records(model, TOKENIZER, asked("errors"), folder=folder, batch_size=4)
+    assert [record["score"] for record in wrong] == [-1, 0, 0]

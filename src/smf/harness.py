@@ -8,7 +8,7 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -130,7 +130,7 @@ def task_records(
     folder: str,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """For each document of one of the harness's tasks its score, a number that is better when it is higher.
+    """For each document of one of the harness's tasks its score, or its negative where lower is better.
 
     The task has the model's own window: few-shot prompts and answers are longer than what is trained.
 
@@ -147,18 +147,18 @@ def task_records(
         samples = _run(loaded, model, tokenizer, batch_size, None, task.limit)["samples"]
     records = []
     for name in sorted(samples):
-        chosen = _filter_of(task, loaded["tasks"][name])
-        filtered = [sample for sample in samples[name] if sample["filter"] == chosen]
+        metric = _metric_of(task, loaded["tasks"][name])
+        filtered = [sample for sample in samples[name] if sample["filter"] == metric.filter]
         for sample in sorted(filtered, key=lambda s: s["doc_id"]):
-            metric = task.metric or next(iter(sample["metrics"]))
-            score = sample.get(metric)
+            score = sample.get(metric.name)
             if isinstance(score, bool) or not isinstance(score, (int, float)):
                 raise DataError(
-                    f"lm_eval task {name!r} has no number {metric!r} for a document; it has {list(sample['metrics'])}; "
-                    "choose one with lm_eval:NAME:METRIC"
+                    f"lm_eval task {name!r} has no number {metric.name!r} for a document; it has "
+                    f"{list(sample['metrics'])}; choose one with lm_eval:NAME:METRIC"
                 )
             texts = {"question": str(sample["arguments"][0][0]), "right": str(sample["target"])}
             said = str(sample["filtered_resps"][0]) if len(sample["filtered_resps"]) == 1 else ""
+            score = score if metric.higher_is_better else 0 - score  # so that losing some is forgetting
             records.append({"id": f"{name}.{sample['doc_id']}", **texts, "said": said, "score": score})
     return records
 
@@ -182,12 +182,13 @@ def check_task(asked: HarnessTask, folder: str, window: int) -> None:
         window: tokens that the base reads at most.
 
     Raises:
-        ConfigError: for a name or filter that the harness does not know, and where the window has no room for answers.
+        ConfigError: for a name, metric or filter that the harness does not have, for a metric that is no mean over
+            documents, and where the window has no room for answers.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
     for name, task in load_task(asked.name, folder)["tasks"].items():
-        _filter_of(asked, task)
+        _metric_of(asked, task)
         if task.OUTPUT_TYPE == "generate_until":
             room = normalize_gen_kwargs(dict(task.config.generation_kwargs or {}), ANSWER)["max_gen_toks"]
             if room >= window:
@@ -197,12 +198,37 @@ def check_task(asked: HarnessTask, folder: str, window: int) -> None:
                 )
 
 
-def _filter_of(asked: HarnessTask, task: Any) -> str:
-    """Name of the filter of answers after which a task is scored; without one, the harness calls it "none"."""
-    known = [each["name"] for each in task.config.filter_list or []] or ["none"]
-    if asked.filter and asked.filter not in known:
-        raise ConfigError(f"lm_eval task {task.config.task!r} has no filter {asked.filter!r}; it has {known}")
-    return asked.filter or known[0]
+class Metric(NamedTuple):
+    """The score of a task of the harness: a metric, after which filter of answers, and whether more is better."""
+
+    name: str
+    filter: str
+    higher_is_better: bool
+
+
+def _metric_of(asked: HarnessTask, task: Any) -> Metric:
+    """The metric that is asked for, else the first; ConfigError where it is no mean over documents, or is not there."""
+    from lm_eval.api.registry import AGGREGATION_REGISTRY
+
+    where = f"lm_eval task {task.config.task!r}"
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise ConfigError(
+            f'{where} scores whole texts at once; use task = "wikitext" or "perplexity" of smf, with a source of text'
+        )
+    names = {function: name for name, function in AGGREGATION_REGISTRY.items()}
+    known = {metric: names.get(function, "mean") for metric, function in task.aggregation().items()}
+    means = [metric for metric, name in known.items() if name in ("mean", "nanmean")]
+    filters = [each["name"] for each in task.config.filter_list or []] or ["none"]  # the harness's word for no filter
+    for what, wanted, there in (("metric", asked.metric, list(known)), ("filter", asked.filter, filters)):
+        if wanted and wanted not in there:
+            raise ConfigError(f"{where} has no {what} {wanted!r}; it has {there}")
+    if not means or (asked.metric and asked.metric not in means):
+        raise ConfigError(
+            f"{where}: {asked.metric or list(known)} is no mean over documents, which intervals need; "
+            f"those that are: {means}"
+        )
+    metric = asked.metric or means[0]
+    return Metric(metric, asked.filter or filters[0], task.higher_is_better().get(metric) is not False)
 
 
 @functools.cache
