@@ -171,7 +171,7 @@ def _print_plan(recipe: Any) -> None:
 
     plan = dry_run(recipe)
     print_plain("The base", list(plan.base), [list(plan.base.values())])
-    print_plain("What is read", ["table", "from", "rows", "tokens"], plan.sets)
+    print_plain("What is read", ["table", "from", "rows", "tokens", "scored by"], plan.sets)
     header = ["method", "kind", "lr", "steps", "numbers that train", "GiB, roughly"]
     print_plain("What trains", header, plan.methods)
     for title, lines in (("Not checked", plan.unchecked), ("Problems", plan.problems)):

@@ -14,13 +14,27 @@ from transformers import AutoModelForCausalLM
 from . import methods
 from .adapter import set_train
 from .base import base_config, check_models, load_tokenizer, on_this_machine
-from .data import Example, Loaded
-from .errors import SmfError
+from .data import Example, Loaded, ScoredSet
+from .errors import HubError, SmfError
+from .harness import check_name
 from .loop import steps_of
 from .memory import memory_layers
-from .prepare import check_output, check_target, load_documents, load_set, load_text, load_training
-from .recipe import Method, Recipe, asked, sources
-from .sources import place
+from .prepare import (
+    check_output,
+    check_target,
+    heals,
+    load_documents,
+    load_set,
+    load_text,
+    load_training,
+    refuse_scored,
+    refuse_shared_validation,
+    refuse_trained,
+    replays,
+)
+from .recipe import Asked, Method, Recipe, asked, sources
+from .sources import CACHE, place
+from .tasks import find_task, harness_task
 
 HIDDEN = 34  # bytes of activations for each hidden number of a token and layer, in 16 bits (Korthikanti et al. 2022)
 ADAM = 8  # bytes of moments for each number that trains
@@ -32,14 +46,14 @@ class Plan:
 
     Args:
         base: what there is to say of the base.
-        sets: of each set that is read: table of the recipe, file or data set, rows, tokens.
+        sets: of each set that is read: table of the recipe, file or data set, rows, tokens, and what it is scored by.
         methods: of each method: kind, learning rate, trained numbers, steps, memory in GiB.
         problems: what would stop the run.
         unchecked: what could not be looked at, and why.
     """
 
     base: dict[str, str] = field(default_factory=dict)
-    sets: list[tuple[str, str, str, str]] = field(default_factory=list)
+    sets: list[tuple[str, str, str, str, str]] = field(default_factory=list)
     methods: list[tuple[str, str, str, str, str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
@@ -66,6 +80,8 @@ def dry_run(recipe: Recipe) -> Plan:
 def _try(plan: Plan, look: Callable[[], Any]) -> Any:
     try:
         return look()
+    except HubError:
+        raise
     except SmfError as error:
         if str(error) not in plan.problems:
             plan.problems.append(str(error))
@@ -95,35 +111,59 @@ def _about_base(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, str]:
 
 def _look_at_data(plan: Plan, recipe: Recipe, tokenizer: Any) -> int | None:
     """Note every set with its rows and tokens; returns the number of training examples, None where it is unknown."""
-    loaders: dict[str, Callable[[], list[Any]]] = {"target.train": lambda: load_training(recipe, tokenizer)}
-    for each in asked(recipe).values():
-        loaders[each.table] = lambda each=each: load_set(recipe, each, tokenizer).items
+    here = replace(recipe, data=CACHE) if recipe.data == "hub" else recipe
+    loaders: dict[str, Callable[[], Any]] = {"target.train": lambda: load_training(here, tokenizer)}
+    scores = {each.table: each for each in asked(recipe).values()}
+    loaders |= {table: lambda each=each: load_set(here, each, tokenizer) for table, each in scores.items()}
     if recipe.background is not None:
-        loaders["background.source"] = lambda: load_documents(recipe, sources(recipe)["background.source"])
+        loaders["background.source"] = lambda: load_documents(here, sources(recipe)["background.source"])
     for table in ("heal.source", "replay.source"):
-        loaders[table] = lambda table=table: load_text(recipe, sources(recipe)[table], tokenizer)
-    for each in asked(recipe).values():
-        if each.table not in sources(recipe):
-            plan.unchecked.append(f"[{each.table}] task {each.task}: lm-evaluation-harness loads its documents")
-    count = None
+        loaders[table] = lambda table=table: load_text(here, sources(recipe)[table], tokenizer)
+    found: dict[str, Any] = {}
     for table, source in sources(recipe).items():
-        where, items = place(source, recipe.data), None
-        if recipe.data == "hub":
-            plan.unchecked.append(f"[{table}] {where}, revision {source.revision}: it is on the hub")
-        elif tokenizer is None and table != "background.source":
+        where = place(source, recipe.data)
+        if tokenizer is None and table != "background.source":
             plan.unchecked.append(f"[{table}] {where}: rows and tokens, for want of the base's tokenizer")
         else:
-            items = _try(plan, loaders[table])
-        plan.sets.append((table, where, *_size(items)))
-        if table == "target.train" and items is not None:
-            count = len(items)
-    return count
+            try:
+                found[table] = _try(plan, loaders[table])
+            except HubError:
+                plan.unchecked.append(
+                    f"[{table}] {where}, revision {source.revision}: it is on the hub, not in its cache"
+                )
+        shown = ", ".join(find_task(scores[table].task).METRICS) if table in scores else ""
+        plan.sets.append((table, where, *_size(found.get(table)), shown))
+    for each in scores.values():
+        if each.table not in sources(recipe):
+            _look_at_task(plan, recipe, each)
+    _look_for_overlaps(plan, recipe, found)
+    train = found.get("target.train")
+    return None if train is None else len(train)
 
 
-def _size(items: list[Any] | None) -> tuple[str, str]:
+def _look_at_task(plan: Plan, recipe: Recipe, each: Asked) -> None:
+    """Note a task of lm-evaluation-harness, whose documents it loads by itself."""
+    task = harness_task.parse(each.task, each.source.limit)
+    _try(plan, lambda: check_name(task, recipe.lm_eval_tasks))
+    plan.sets.append((each.table, each.task, "?", "?", task.metric or "its first metric"))
+    plan.unchecked.append(f"[{each.table}] task {each.task}: lm-evaluation-harness loads its documents")
+
+
+def _look_for_overlaps(plan: Plan, recipe: Recipe, found: dict[str, Any]) -> None:
+    """The refusals of loading that look at several sets, of those that are here."""
+    scored = {name: found[each.table] for name, each in asked(recipe).items() if found.get(each.table)}
+    _try(plan, lambda: refuse_shared_validation(scored))
+    _try(plan, lambda: refuse_trained(recipe, found.get("target.train") or [], scored))
+    for what, used in (("heal", heals(recipe)), ("replay", replays(recipe))):
+        if used:
+            _try(plan, lambda what=what: refuse_scored(what, found.get(f"{what}.source") or [], scored))
+
+
+def _size(found: Any) -> tuple[str, str]:
     """Number of examples and, where they are tokens, how many these are."""
-    if items is None:
+    if found is None:
         return "?", "?"
+    items = found.items if isinstance(found, ScoredSet) else found
     tokens = [len(item.ids) for item in items if isinstance(item, Example)]
     return f"{len(items):,}", f"{sum(tokens):,}, at most {max(tokens):,} each" if tokens else ""
 

@@ -165,12 +165,28 @@ def task_records(
 
 def load_task(name: str, folder: str) -> Any:
     """One of the harness's tasks, groups or tags with its documents; raises ConfigError for a name it does not know."""
-    manager = _manager(folder)
-    if name not in manager.all_tasks:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        raise ConfigError(f"lm-evaluation-harness has no task {name!r}{f'; near: {near}' if near else ''}")
+    check_name(HarnessTask(name, ""), folder)
     with _quiet("lm_eval"):
-        return manager.load([name])
+        return _manager(folder).load([name])
+
+
+def check_name(asked: HarnessTask, folder: str) -> None:
+    """Refuse a task, metric or filter that the harness's task files do not name, without loading any documents.
+
+    Raises:
+        ConfigError: with names that are near.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    manager = _manager(folder)
+    if asked.name not in manager.all_tasks:
+        near = difflib.get_close_matches(asked.name, manager.all_tasks, n=3)
+        raise ConfigError(f"lm-evaluation-harness has no task {asked.name!r}{f'; near: {near}' if near else ''}")
+    file = manager.task_index[asked.name].yaml_path
+    config = load_yaml(file, resolve_func=False) if file else {}  # of groups, and of tasks in Python, it says little
+    metrics = [each["metric"] for each in config.get("metric_list") or []]
+    filters = [each["name"] for each in config.get("filter_list") or []]
+    _check_words(asked, asked.name, config.get("output_type"), metrics, filters)
 
 
 def check_task(asked: HarnessTask, folder: str, window: int) -> None:
@@ -210,25 +226,30 @@ def _metric_of(asked: HarnessTask, task: Any) -> Metric:
     """The metric that is asked for, else the first; ConfigError where it is no mean over documents, or is not there."""
     from lm_eval.api.registry import AGGREGATION_REGISTRY
 
-    where = f"lm_eval task {task.config.task!r}"
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        raise ConfigError(
-            f'{where} scores whole texts at once; use task = "wikitext" or "perplexity" of smf, with a source of text'
-        )
     names = {function: name for name, function in AGGREGATION_REGISTRY.items()}
     known = {metric: names.get(function, "mean") for metric, function in task.aggregation().items()}
     means = [metric for metric, name in known.items() if name in ("mean", "nanmean")]
     filters = [each["name"] for each in task.config.filter_list or []] or ["none"]  # the harness's word for no filter
-    for what, wanted, there in (("metric", asked.metric, list(known)), ("filter", asked.filter, filters)):
-        if wanted and wanted not in there:
-            raise ConfigError(f"{where} has no {what} {wanted!r}; it has {there}")
+    _check_words(asked, task.config.task, task.OUTPUT_TYPE, list(known), filters)
     if not means or (asked.metric and asked.metric not in means):
         raise ConfigError(
-            f"{where}: {asked.metric or list(known)} is no mean over documents, which intervals need; "
-            f"those that are: {means}"
+            f"lm_eval task {task.config.task!r}: {asked.metric or list(known)} is no mean over documents, which "
+            f"intervals need; those that are: {means}"
         )
     metric = asked.metric or means[0]
     return Metric(metric, asked.filter or filters[0], task.higher_is_better().get(metric) is not False)
+
+
+def _check_words(asked: HarnessTask, name: str, output: Any, metrics: list[str], filters: list[str]) -> None:
+    """Refuse what no task of these metrics and filters can be asked for; empty lists are not known."""
+    if output == "loglikelihood_rolling":
+        raise ConfigError(
+            f'lm_eval task {name!r} scores whole texts at once; use task = "wikitext" or "perplexity" of smf, with a '
+            "source of text"
+        )
+    for what, wanted, known in (("metric", asked.metric, metrics), ("filter", asked.filter, filters)):
+        if wanted and known and wanted not in known:
+            raise ConfigError(f"lm_eval task {name!r} has no {what} {wanted!r}; it has {known}")
 
 
 @functools.cache

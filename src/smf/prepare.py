@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +24,28 @@ def load(recipe: Recipe) -> Loaded:
     check_models(recipe)
     tokenizer, scored = load_scored(recipe)
     train = load_training(recipe, tokenizer)
-    tested = [scored_set for scored_set in scored.values() if scored_set.role in ("target", "validation")]
-    overlap = {example.id for example in train} & {id for scored_set in tested for id in _ids(scored_set)}
-    if overlap and not recipe.target.recall:
-        raise DataError(
-            f"{len(overlap)} rows are both trained and scored, such as id {min(overlap)!r}; where recall of what was "
-            "read is the question, set recall = true in [target]"
-        )
+    refuse_trained(recipe, train, scored)
     background = [] if recipe.background is None else load_documents(recipe, recipe.background.source)
     healing: list[Example] = []
-    if recipe.heal is not None and any(m.heal or m.kind == "healed" for m in recipe.methods.values()):
+    if recipe.heal is not None and heals(recipe):
         healing = load_text(recipe, recipe.heal.source, tokenizer)
+        refuse_scored("heal", healing, scored)
     replay: list[Example] = []
-    if recipe.replay is not None and any(method.replay for method in recipe.methods.values()):
+    if recipe.replay is not None and replays(recipe):
         texts = load_text(recipe, recipe.replay.source, tokenizer)
+        refuse_scored("replay", texts, scored)
         replay = [dataclasses.replace(text, id=f"replay {text.id}") for text in texts]  # not an example's id
-    texts = {
-        tuple(item.ids)
-        for scored_set in scored.values()
-        if scored_set.role == "probe"
-        for item in scored_set.items
-        if isinstance(item, Example)
-    }
-    for what, examples in (("heal", healing), ("replay", replay)):
-        both = [example.id for example in examples if tuple(example.ids) in texts]
-        if both:
-            raise DataError(f"{len(both)} texts of [{what}] are scored as well, such as number {both[0]}; use [parts]")
     return Loaded(tokenizer, train, scored, background, healing, replay, revisions(recipe))
+
+
+def heals(recipe: Recipe) -> bool:
+    """Whether some method's memory is healed."""
+    return any(method.heal or method.kind == "healed" for method in recipe.methods.values())
+
+
+def replays(recipe: Recipe) -> bool:
+    """Whether some method trains on general text beside the target's."""
+    return any(method.replay for method in recipe.methods.values())
 
 
 def load_training(recipe: Recipe, tokenizer: Any) -> list[Example]:
@@ -76,7 +72,7 @@ def load_scored(recipe: Recipe) -> tuple[Any, dict[str, ScoredSet]]:
     check_target(recipe)
     tokenizer = load_tokenizer(recipe)
     sets = {name: load_set(recipe, each, tokenizer) for name, each in asked(recipe).items()}
-    _refuse_shared_validation(sets)
+    refuse_shared_validation(sets)
     return tokenizer, sets
 
 
@@ -94,8 +90,28 @@ def check_target(recipe: Recipe) -> None:
         )
 
 
-def _refuse_shared_validation(sets: dict[str, ScoredSet]) -> None:
-    """What learning rates are chosen by must not be what the methods are compared by."""
+def refuse_trained(recipe: Recipe, train: Iterable[Example], scored: Mapping[str, ScoredSet]) -> None:
+    """Refuse rows that are both trained and scored, where recall of them is not the question."""
+    tested = [each for each in scored.values() if each.role in ("target", "validation")]
+    overlap = {example.id for example in train} & {id for each in tested for id in _ids(each)}
+    if overlap and not recipe.target.recall:
+        raise DataError(
+            f"{len(overlap)} rows are both trained and scored, such as id {min(overlap)!r}; where recall of what was "
+            "read is the question, set recall = true in [target]"
+        )
+
+
+def refuse_scored(what: str, texts: Iterable[Example], scored: Mapping[str, ScoredSet]) -> None:
+    """Refuse general text that trains, in the table `what`, and is a probe as well."""
+    probes = [item for each in scored.values() if each.role == "probe" for item in each.items]
+    known = {tuple(item.ids) for item in probes if isinstance(item, Example)}
+    both = [text.id for text in texts if tuple(text.ids) in known]
+    if both:
+        raise DataError(f"{len(both)} texts of [{what}] are scored as well, such as number {both[0]}; use [parts]")
+
+
+def refuse_shared_validation(sets: Mapping[str, ScoredSet]) -> None:
+    """Refuse to choose learning rates by what the methods are compared by."""
     if VALIDATION in sets:
         tested = {id for scored in sets.values() if scored.role == "target" for id in _ids(scored)}
         shared = _ids(sets[VALIDATION]) & tested

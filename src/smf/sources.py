@@ -9,10 +9,11 @@ from typing import Any
 
 from . import world
 from .data import Row, numbered
-from .errors import DataError
+from .errors import DataError, HubError
 from .fingerprint import hashed, part_of
 from .recipe import Source
 
+CACHE = "the hub's cache"  # in place of "hub": only what lies on this machine already
 READERS = {".parquet": "parquet", ".csv": "csv"}  # by suffix; everything else is read as JSON lines
 
 
@@ -21,12 +22,13 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
 
     Args:
         source: which file or data set, and which of its rows.
-        data: the folder that `source.path` is below, "hub" or "world".
+        data: the folder that `source.path` is below, "hub", CACHE or "world".
         parts: shares by name, for `source.part`.
         need: columns that every row must have.
 
     Raises:
         DataError: naming file, column or row.
+        HubError: for what hub or cache do not give.
     """
     where = place(source, data)
     if source.part and not parts:
@@ -89,7 +91,7 @@ def place(source: Source, data: str) -> str:
     """What messages call a source."""
     if data == "world":
         return f"the embedded world's {source.path!r}"
-    return f"{source.hub} ({source.split})" if data == "hub" else str(Path(data) / source.path)
+    return f"{source.hub} ({source.split})" if data in ("hub", CACHE) else str(Path(data) / source.path)
 
 
 def _read(source: Source, data: str) -> Any:
@@ -97,8 +99,8 @@ def _read(source: Source, data: str) -> Any:
 
     if data == "world":
         return datasets.Dataset.from_list(world.rows(source.path))
-    if data == "hub":
-        return _from_hub(source)
+    if data in ("hub", CACHE):
+        return _from_hub(source, data)
     file = Path(data) / source.path
     if not source.path:
         raise DataError(f"a source of the recipe names no path below --data {data!r}")
@@ -110,7 +112,7 @@ def _read(source: Source, data: str) -> Any:
         raise DataError(f"{file} cannot be read as JSON lines: {error.__cause__ or error}") from error
 
 
-def _from_hub(source: Source) -> Any:
+def _from_hub(source: Source, data: str) -> Any:
     import datasets
     from huggingface_hub import constants, snapshot_download
 
@@ -118,12 +120,14 @@ def _from_hub(source: Source) -> Any:
         raise DataError(f"the source {source.path!r} names no hub data set; give --data a folder that has the file")
     config = source.config or None
     try:
-        if constants.HF_HUB_OFFLINE:  # from the files of the hub's cache, which load_dataset itself does not look at
+        if (
+            data == CACHE or constants.HF_HUB_OFFLINE
+        ):  # from the files of the hub's cache, which load_dataset itself does not look at
             folder = snapshot_download(source.hub, repo_type="dataset", revision=source.revision, local_files_only=True)
             return datasets.load_dataset(folder, config, split=source.split)
         return datasets.load_dataset(source.hub, config, split=source.split, revision=source.revision)
     except Exception as error:  # no network, no such data set, split or revision: many classes
-        raise DataError(
+        raise HubError(
             f"the hub data set {source.hub} ({source.split}, revision {source.revision}) cannot be loaded: {error}. "
             "Without the hub, give --data a folder"
         ) from error
