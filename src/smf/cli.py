@@ -43,7 +43,7 @@ class Overrides:
     max_steps: int | None = None
     """Stop every training after so many steps (to try a recipe)."""
     limit: int | None = None
-    """Score the first so many rows of every set, in place of the recipe's limits; 0: all rows."""
+    """Score at most so many rows of every set, the first ones; 0: all rows, whatever the recipe's limits."""
     set: tuple[str, ...] = ()
     """Any other keys, as in the recipe: train.max_length=256 memory.layers=[0,1] methods.lora.lr=3e-3."""
 

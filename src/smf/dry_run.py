@@ -143,7 +143,7 @@ def _look_at_data(plan: Plan, recipe: Recipe, tokenizer: Any) -> int | None:
 
 def _look_at_task(plan: Plan, recipe: Recipe, each: Asked) -> None:
     """Note a task of lm-evaluation-harness, whose documents it loads by itself."""
-    task = harness_task.parse(each.task, each.source.limit)
+    task = harness_task.parse(each.task)
     _try(plan, lambda: check_name(task, recipe.lm_eval_tasks))
     plan.sets.append((each.table, each.task, "?", "?", task.metric or "its first metric"))
     plan.unchecked.append(f"[{each.table}] task {each.task}: lm-evaluation-harness loads its documents")

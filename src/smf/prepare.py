@@ -131,7 +131,7 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     role, name, source = wanted.role, wanted.task, wanted.source
     task, where, length = find_task(name), place(source, recipe.data), recipe.train.max_length
     if task.KIND == "harness":
-        known = harness_task.parse(name, source.limit)
+        known = harness_task.parse(name, source.limit, source.first)
         check_task(known, recipe.lm_eval_tasks, positions(recipe))
         return ScoredSet(role, name, [known])
     if task.KIND in ("text", "response"):

@@ -54,6 +54,8 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
     if source.part:
         # salted, since a file may be sorted by the plain hash of its texts, and its first rows all be of one part
         chosen = [row for row in chosen if part_of(f"part\n{str(row[source.column]).strip()}", parts) == source.part]
+    if source.first:
+        chosen = chosen[: source.first]
     if not chosen:
         raise DataError(_nothing_left(source, where, everything, rows))
     return chosen

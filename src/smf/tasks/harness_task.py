@@ -20,8 +20,8 @@ class HarnessTask(NamedTuple):
     limit: int = 0  # first documents of each subtask; 0: all
 
 
-def parse(task: str, limit: int) -> HarnessTask:
-    """What "lm_eval:NAME:METRIC,FILTER" asks for."""
+def parse(task: str, *limits: int) -> HarnessTask:
+    """What "lm_eval:NAME:METRIC,FILTER" asks for, of as many documents as the smallest limit above 0 says."""
     name, _, score = task.removeprefix(PREFIX).partition(":")
     metric, _, chosen = score.partition(",")
-    return HarnessTask(name, metric, chosen, limit)
+    return HarnessTask(name, metric, chosen, min(filter(None, limits), default=0))
