@@ -373,6 +373,8 @@ def test_rows_can_be_chosen_by_their_columns(tmp_path: Path):
     assert sorted(chosen(sample=5, part="x") + chosen(sample=5, part="y")) == drawn
     write_lines(tmp_path / "a.jsonl", rows[::-1])  # the same texts, in another order
     assert chosen(sample=5) == drawn[::-1]
+    write_lines(tmp_path / "a.jsonl", [*rows, *rows])  # equal rows count once
+    assert chosen(sample=5) == drawn
     write_lines(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match=r"none of its 12 rows has lang among \['fr'\]; the columns hold lang: .*'de'"):
         chosen(where={"lang": ["fr"]})

@@ -47,7 +47,8 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
     if source.min_chars:
         chosen = [row for row in chosen if len(str(row[source.column] or "")) >= source.min_chars]
     if source.sample:
-        by_hash = sorted(chosen, key=lambda row: hashed("sample", row[source.column]))
+        different = {repr(row): row for row in reversed(chosen)}.values()  # of equal rows the first
+        by_hash = sorted(different, key=lambda row: (hashed("sample", row[source.column]), row.number))
         chosen = sorted(by_hash[: source.sample], key=lambda row: row.number)
     if source.limit:
         chosen = chosen[: source.limit]
