@@ -119,3 +119,14 @@ def test_prompts_are_read_once():
     item["choices"] = [" " + " ".join(WORDS[i : i + 4]) for i in range(4)]
     choice_records(base, TOKENIZER, [item], batch_size=4, max_length=64)
     assert read == [20, 4 * 3]
+
+
+def test_a_batch_has_no_more_sequences_than_asked_for_however_many_share_a_prompt():
+    """Tasks without a prompt, as BLiMP's, have all their sentences in one group."""
+    base, read = make_base(), []
+    pairs = [("", " ".join(WORDS[i : i + 2])) for i in range(30)]
+    one_by_one = scores(HFLM, base, pairs, 1)
+    base.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"].shape[0]), with_kwargs=True)
+    together = scores(SharedPromptLM, base, pairs, 8)
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in one_by_one], abs=1e-4)
+    assert max(read) <= 8 and len(read) == 2 * 4  # the prompt, then what follows it, of 8, 8, 8 and 6

@@ -136,13 +136,14 @@ def _keys_and_values_alone(cache: Any) -> bool:
 
 
 def _batches(groups: Sequence[list[int]], size: int) -> list[list[list[int]]]:
-    """Neighbouring groups together, as long as they have at most `size` members; larger groups alone."""
+    """Neighbouring groups together, `size` members at most; the prompt of a larger group is read once for each part."""
     batches: list[list[list[int]]] = []
     count = size
-    for group in groups:
-        if count + len(group) > size:
-            batches.append([])
-            count = 0
-        batches[-1].append(group)
-        count += len(group)
+    for whole in groups:
+        for group in (whole[i : i + size] for i in range(0, len(whole), size)):
+            if count + len(group) > size:
+                batches.append([])
+                count = 0
+            batches[-1].append(group)
+            count += len(group)
     return batches
