@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import smf.evaluate
 from conftest import tiny_base
 from smf import world
 from smf.data import Collator, Example, encode, in_order, keep_answered, numbered
 from smf.errors import DataError
-from smf.evaluate import example_losses, nats_per_token
+from smf.evaluate import example_losses, nats_per_token, token_loss
 from smf.fingerprint import part_of
 from smf.loop import mean_token_loss
 from smf.prepare import load
@@ -19,6 +20,7 @@ from smf.recipe import Source
 from smf.recipe_file import load_recipe
 from smf.sources import load_rows, load_texts
 from smf.tasks import choices, medmcqa, perplexity
+from test_memory_growth import LargeOutputs
 from tiny import make_base, make_tokenizer, make_world, question, write_lines
 
 PARTS = {"background": 0.4, "healing": 0.3, "probe": 0.3}
@@ -178,6 +180,19 @@ def test_example_losses_do_not_depend_on_batching_and_equal_the_models_own_loss(
         assert a["id"] == b["id"] == example.id and a["tokens"] == b["tokens"] == len(example.ids) - 1
         assert a["nats"] == pytest.approx(b["nats"], abs=1e-4) == pytest.approx(own * a["tokens"], abs=1e-4)
     assert nats_per_token(one) == pytest.approx(sum(r["nats"] for r in one) / sum(r["tokens"] for r in one))
+
+
+def test_scoring_makes_no_second_copy_of_the_logits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(smf.evaluate, "SLICE", 8)
+    logits = torch.randn(6, 20, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels = torch.randint(50, (6, 20), generator=torch.Generator().manual_seed(1))
+    labels[:2, ::3] = -100
+    with torch.no_grad(), LargeOutputs(9 * 50 * 4, [logits]) as large:
+        sliced = token_loss(logits, labels)
+    assert large.found == []  # nothing is larger than a slice in float32
+    assert torch.equal(sliced, token_loss(logits, labels)) and not token_loss(logits, labels * 0 - 100).any()
+    with torch.no_grad():
+        assert not token_loss(logits, labels * 0 - 100).any()
 
 
 def test_perplexity_windows_cover_every_token_of_every_text():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from smf.dry_run import Plan, dry_run
+from smf.dry_run import Plan, Trained, _gigabytes, _skeleton, dry_run
 from smf.errors import SmfError
 from smf.prepare import load
 from smf.recipe_file import load_recipe
@@ -55,7 +55,32 @@ def test_tasks_of_the_harness_are_looked_up_and_what_sets_are_scored_by_is_shown
     plan = plan_of(world, f'lm_eval_tasks="{tmp_path}"', *probes)
     two, three, four = plan.problems
     assert "'own' has no metric 'acc_nrom'; it has ['acc', 'acc_norm']" in two
-    assert "no task 'owm'; near: ['own'" in three and "'wikitext' scores whole texts at once" in four
+    assert "no task 'owm'; near: [" in three and "'own'" in three and "'wikitext' scores whole texts at once" in four
     shown = {table: scores for table, *_, scores in plan.sets}
     assert shown["target.eval.exam"] == "acc, answer_norm, letter, loss" and shown["probes.one.source"] == "acc_norm"
     assert shown["target.train"] == "" and len(plan.unchecked) == len(names)
+
+
+def test_memory_is_that_of_the_most_of_training_healing_and_scoring(world: Path):
+    """The base's is scoring alone: 160 words in float32, of a batch and of a slice."""
+
+    def memory(name: str, *settings: str) -> float:
+        return next(float(row[-1]) for row in plan_of(world, *settings).methods if row[0] == name)
+
+    big = "eval_batch_size=4000000"  # sequences of 64 to 80 tokens
+    expected = 4_000_000 * 80 * 160 * 4 / 2**30
+    longest = 'probes.stories.source={path="stories.jsonl"}'
+    assert memory("base") == 0 and memory("base", big, longest, "train.max_length=80") == pytest.approx(
+        expected, rel=0.01
+    )
+    assert memory("base", big, longest, "train.max_length=80", "divergence=2") == pytest.approx(2 * expected, rel=0.01)
+    settings = ["train.micro_batch_size=4000000", "train.batch_size=4000000"]
+    assert memory("smf-healed", *settings) == memory("smf", *settings) > memory("base", *settings) == 0
+    recipe = load_recipe(world)
+    model = _skeleton(recipe)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    table = Trained(numbers=0, added=2**28)  # what healing trains, and the method after it does not
+    healed, plain = (_gigabytes(recipe, recipe.methods[name], model, table, 64) for name in ("smf-healed", "smf"))
+    assert plain == pytest.approx(1 + size * 4 / 2**30, abs=0.1) and healed - plain == pytest.approx(3, abs=0.1)
+    (tokens,) = [tokens for table, _, _, tokens, _ in plan_of(world).sets if table == "background.source"]
+    assert tokens.endswith("each")

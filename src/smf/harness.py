@@ -206,7 +206,7 @@ def check_task(asked: HarnessTask, folder: str, window: int) -> None:
     for name, task in load_task(asked.name, folder)["tasks"].items():
         _metric_of(asked, task)
         if task.OUTPUT_TYPE == "generate_until":
-            room = normalize_gen_kwargs(dict(task.config.generation_kwargs or {}), ANSWER)["max_gen_toks"]
+            room = normalize_gen_kwargs(dict(task.config.generation_kwargs or {})).get("max_gen_toks", ANSWER)
             if room >= window:
                 raise ConfigError(
                     f"lm_eval task {name!r} lets a model say {room} tokens, and the base reads {window} at most, "

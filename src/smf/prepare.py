@@ -134,11 +134,10 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
         known = harness_task.parse(name, source.limit, source.first)
         check_task(known, recipe.lm_eval_tasks, positions(recipe))
         return ScoredSet(role, name, [known])
-    if task.KIND in ("text", "response"):
-        longest = positions(recipe)
-        if wanted.window > longest:
-            raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
-        room = wanted.window or min(getattr(task, "WINDOW", length), longest)
+    longest = positions(recipe)
+    if wanted.window > longest:
+        raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
+    room = wanted.window or min(getattr(task, "WINDOW", length), longest)
     if task.KIND == "text":
         rows = load_texts(source, recipe.data, recipe.parts)
         pages = task.pages(rows, source.column, tokenizer, room) if hasattr(task, "pages") else []
