@@ -62,6 +62,7 @@ class ScoredSet:
         items: examples of a text, or what is asked (`smf.tasks`).
         cluster: ids that agree up to the first such text are about one thing; "": every id is.
         pages: examples that are scored once more, by words.
+        hub: revisions of the data sets on the hub that its task loads by itself, by name.
     """
 
     role: str
@@ -69,6 +70,7 @@ class ScoredSet:
     items: list[Any]
     cluster: str = ""
     pages: list[Example] = field(default_factory=list)
+    hub: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -189,8 +190,8 @@ def check_name(asked: HarnessTask, folder: str) -> None:
     _check_words(asked, asked.name, config.get("output_type"), metrics, filters)
 
 
-def check_task(asked: HarnessTask, folder: str, window: int) -> None:
-    """Refuse what cannot be scored, before hours of work.
+def check_task(asked: HarnessTask, folder: str, window: int) -> dict[str, str]:
+    """Refuse what cannot be scored, before hours of work; returns the data sets on the hub, with their revisions.
 
     Args:
         asked: a task, a group or a tag of the harness.
@@ -203,6 +204,7 @@ def check_task(asked: HarnessTask, folder: str, window: int) -> None:
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
+    found = {}
     for name, task in load_task(asked.name, folder)["tasks"].items():
         _metric_of(asked, task)
         if task.OUTPUT_TYPE == "generate_until":
@@ -212,6 +214,10 @@ def check_task(asked: HarnessTask, folder: str, window: int) -> None:
                     f"lm_eval task {name!r} lets a model say {room} tokens, and the base reads {window} at most, "
                     "prompt and answer; give it a smaller max_gen_toks in a task file of your own (lm_eval_tasks)"
                 )
+        path = task.config.dataset_path or ""
+        if "/" in path and not Path(path).exists():  # else a reader of files, as "json"
+            found[path] = (task.config.dataset_kwargs or {}).get("revision") or "main"
+    return found
 
 
 class Metric(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections import Counter
@@ -22,6 +23,7 @@ def load(recipe: Recipe) -> Loaded:
     """Load and check all that the recipe names, but for the base's weights; raises before hours of work."""
     check_output(Path(recipe.output))
     check_models(recipe)
+    recipe = dataclasses.replace(recipe, revision=resolved_base(recipe) or recipe.revision)
     tokenizer, scored = load_scored(recipe)
     train = load_training(recipe, tokenizer)
     refuse_trained(recipe, train, scored)
@@ -35,7 +37,7 @@ def load(recipe: Recipe) -> Loaded:
         texts = load_text(recipe, recipe.replay.source, tokenizer)
         refuse_scored("replay", texts, scored)
         replay = [dataclasses.replace(text, id=f"replay {text.id}") for text in texts]  # not an example's id
-    return Loaded(tokenizer, train, scored, background, healing, replay, revisions(recipe))
+    return Loaded(tokenizer, train, scored, background, healing, replay, revisions(recipe, scored))
 
 
 def heals(recipe: Recipe) -> bool:
@@ -132,8 +134,7 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     task, where, length = find_task(name), place(source, recipe.data), recipe.train.max_length
     if task.KIND == "harness":
         known = harness_task.parse(name, source.limit, source.first)
-        check_task(known, recipe.lm_eval_tasks, positions(recipe))
-        return ScoredSet(role, name, [known])
+        return ScoredSet(role, name, [known], hub=check_task(known, recipe.lm_eval_tasks, positions(recipe)))
     longest = positions(recipe)
     if wanted.window > longest:
         raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
@@ -183,11 +184,17 @@ def load_documents(recipe: Recipe, source: Source) -> list[str]:
     return [row[source.column] for row in rows if row[source.column].strip()]
 
 
-def revisions(recipe: Recipe) -> dict[str, str]:
-    """The commit hashes that the recipe's revisions on the hub stand for now, by the names of the repositories."""
-    found = {} if recipe.data != "hub" else {s.hub: resolved(s.hub, s.revision) for s in sources(recipe).values()}
+def revisions(recipe: Recipe, scored: Mapping[str, ScoredSet]) -> dict[str, str]:
+    """The commit hashes of what was loaded from the hub, by name; of a data set at several revisions, by both."""
+    used = {(s.hub, s.revision) for s in sources(recipe).values()} if recipe.data == "hub" else set()
+    names = Counter(name for name, _ in used)
+    found = {name if names[name] == 1 else f"{name}@{revision}": resolved(name, revision) for name, revision in used}
+    for each in scored.values():
+        for name, revision in each.hub.items():
+            with contextlib.suppress(DataError):  # offline, the harness reads a cache that may not know of commits
+                found[name] = resolved(name, revision)
     base = resolved_base(recipe)
-    return found | ({recipe.base: base} if base else {})
+    return dict(sorted(found.items())) | ({recipe.base: base} if base else {})
 
 
 def check_output(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ def _from_hub(source: Source, data: str) -> Any:
         ):  # from the files of the hub's cache, which load_dataset itself does not look at
             folder = snapshot_download(source.hub, repo_type="dataset", revision=source.revision, local_files_only=True)
             return datasets.load_dataset(folder, config, split=source.split)
-        return datasets.load_dataset(source.hub, config, split=source.split, revision=source.revision)
+        commit = resolved(source.hub, source.revision)
+        return datasets.load_dataset(source.hub, config, split=source.split, revision=commit)
     except Exception as error:  # no network, no such data set, split or revision: many classes
         raise HubError(
             f"the hub data set {source.hub} ({source.split}, revision {source.revision}) cannot be loaded: {error}. "
@@ -136,6 +138,7 @@ def _from_hub(source: Source, data: str) -> Any:
         ) from error
 
 
+@functools.cache  # a branch may move: what is loaded and what is recorded must be one commit
 def resolved(name: str, revision: str, kind: str = "dataset") -> str:
     """The commit hash that a revision of a hub repository stands for now; offline, in the hub's cache.
 
