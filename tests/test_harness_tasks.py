@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from smf.doubts import doubts
 from smf.errors import ConfigError
 from smf.harness import check_task, task_records
 from smf.tasks import harness_task
@@ -100,3 +101,16 @@ def test_a_score_that_is_better_when_lower_stands_there_as_its_negative(folder: 
     )
     wrong = task_records(model, TOKENIZER, asked("errors"), folder=folder, batch_size=4)
     assert [record["score"] for record in wrong] == [-1, 0, 0]
+
+
+def test_a_base_that_guesses_at_a_task_of_the_harness_is_doubted(folder: str):
+    records = task_records(base_of(512), TOKENIZER, asked("picks:acc_norm"), folder=folder, batch_size=4)
+    assert [record["choices"] for record in records] == [2, 2, 2]
+    records = [record | {"score": number % 2} for number, record in enumerate(records * 40)]
+    for role, share, doubted in (("probe", 0.5, True), ("probe", 1.0, False), ("target", 0.5, False)):
+        own = [record | {"score": 1} if share == 1 else record for record in records]
+        found = doubts({"hellaswag": {"role": role, "metrics": {"score": share}, "records": own}})
+        assert (
+            found
+            == [f"the base answers the probe 'hellaswag' by chance (score {share:.2f}): it has nothing to lose there"]
+        ) == doubted

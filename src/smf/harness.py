@@ -160,8 +160,17 @@ def task_records(
             texts = {"question": str(sample["arguments"][0][0]), "right": str(sample["target"])}
             said = str(sample["filtered_resps"][0]) if len(sample["filtered_resps"]) == 1 else ""
             score = score if metric.higher_is_better else 0 - score  # so that losing some is forgetting
-            records.append({"id": f"{name}.{sample['doc_id']}", **texts, "said": said, "score": score})
+            record = {"id": f"{name}.{sample['doc_id']}", **texts, "said": said, "score": score}
+            records.append(record | _choices_of(sample, metric, loaded["tasks"][name]))
     return records
+
+
+def _choices_of(sample: dict[str, Any], metric: Metric, task: Any) -> dict[str, int]:
+    """Among how many choices a score of 0 or 1 picks, where it does: what guessing gives, then, is known."""
+    if task.OUTPUT_TYPE != "multiple_choice" or metric.name not in ("acc", "acc_norm"):
+        return {}
+    twice = "acc_mutual_info" in sample["metrics"]  # there every choice is scored without its prompt, too
+    return {"choices": len(sample["filtered_resps"]) // (2 if twice else 1)}
 
 
 def load_task(name: str, folder: str) -> Any:
