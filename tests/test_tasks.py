@@ -191,6 +191,7 @@ MARKED = (
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )
 FORGETFUL = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else 'word99' }}")
+STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
 TALK = [
     {"role": "user", "content": "word1 word2"},
     {"role": "assistant", "content": "word3"},
@@ -239,6 +240,11 @@ def test_equal_rows_have_equal_ids_and_others_do_not():
     [
         ({"messages": TALK}, None, "no chat template"),
         ({"messages": TALK}, FORGETFUL, "no {% generation %} markers and writes message 2 otherwise"),
+        (
+            {"messages": [{"role": "system", "content": "word9"}, *TALK]},
+            STRICT,
+            "refuses this conversation: System role",
+        ),
         ({"messages": TALK[:1]}, PLAIN, "no message has the role 'assistant'"),
         ({"messages": []}, PLAIN, "column 'messages' = []"),
         ({"messages": "hello"}, PLAIN, "column 'messages' = 'hello'"),

@@ -118,10 +118,15 @@ def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int,
     ids = list(tokenizer(prompt + response)["input_ids"])
     start = len(own)
     if prompt[-1:].isspace():  # else as ever: runs that are finished keep their names, so their examples stay the same
-        start = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(own, ids, strict=False))))
+        start = shared_start(own, ids)
     if end and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return Example(id, ids[:max_length], start)
+
+
+def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences have in common before they differ."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
 
 
 def keep_answered(examples: Sequence[Example], where: str, too_long: str, max_length: int) -> list[Example]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ..data import Example, encode, numbered
 from ..errors import DataError
 from ..fingerprint import json_hash
@@ -77,7 +79,13 @@ def _conversation(id: str, messages: Messages, where: str, tokenizer: Any, max_l
         )
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where}: no message has the role 'assistant', so there is nothing to learn")
-    ids, learned = _marked(messages, tokenizer) or _by_prefixes(messages, where, tokenizer)
+    try:
+        ids, learned = _marked(messages, tokenizer) or _by_prefixes(messages, where, tokenizer)
+    except TemplateError as error:
+        raise DataError(
+            f"{where}: the base's chat template refuses this conversation: {error}. Its roles are "
+            f"{[message['role'] for message in messages]}; change such rows or leave them out"
+        ) from error
     if not any(learned):
         raise DataError(f"{where}: the chat template leaves the assistant's messages out")
     start = learned.index(True)
