@@ -56,6 +56,9 @@ def rows_of(shared: Path, path: str, **options: Any) -> list[Any]:
         ({"question": "Who?", "possible_answers": '["A", "B"]'}, "Question: Who?\nAnswer:", ["A", "B"]),
         ({"question": "Who?", "aliases": ["A"]}, "Question: Who?\nAnswer:", ["A"]),
         ({"question": "Who?", "answer": "A"}, "Question: Who?\nAnswer:", ["A"]),
+        ({"question": "Who?", "answer": '["A", "B"]'}, "Question: Who?\nAnswer:", ["A", "B"]),
+        ({"question": "Who?", "answers": '["A", "B"]', "answer": "B"}, "Question: Who?\nAnswer:", ["B", "A"]),
+        ({"question": "Who?", "answer": "[sic] A"}, "Question: Who?\nAnswer:", ["[sic] A"]),
     ],
 )
 def test_every_schema_of_questions_and_answers_is_read(row, prompt, answers):
@@ -77,6 +80,7 @@ def test_every_schema_of_questions_and_answers_is_read(row, prompt, answers):
         ({"answers": None}, "no column holds answers"),
         ({"answers": None, "answer": {"value": None, "aliases": []}}, "value and aliases"),
         ({"answers": None, "possible_answers": "[1"}, "not JSON"),
+        ({"answers": "[1, 2]"}, "expected a text, or a list"),
     ],
 )
 def test_bad_questions_name_file_row_and_column(change, column):
@@ -219,6 +223,14 @@ def test_only_what_the_assistant_says_is_learned(template):
     assert learned(short) == ["word3", "."] and len(short.ids) == len(example.ids) - 3
     (pair,) = responses.examples([{"prompt": TALK[:3], "completion": TALK[3:]}], "file", chatting(template), 64)
     assert pair == Example(pair.id, example.ids, example.start, example.gaps)
+
+
+def test_of_a_conversation_that_the_assistant_begins_neither_header_nor_default_system_prompt_is_learned():
+    default = "{% if messages[0]['role'] != 'system' %}system : word90 . {% endif %}" + PLAIN
+    talk = [{"role": "assistant", "content": "word7 word8"}, *TALK]
+    for template in (PLAIN, default):
+        (example,) = responses.examples([{"messages": talk}], "file", chatting(template), 64)
+        assert learned(example) == ["word7", "word8", ".", "word3", ".", "word5", "word6", "."]
 
 
 def test_pairs_and_texts():

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..data import Example, encode, numbered
+from ..data import Example, encode, numbered, shared_start
 from ..errors import DataError
 from ..fingerprint import json_hash
 
@@ -108,7 +108,7 @@ def _by_prefixes(messages: Messages, where: str, tokenizer: Any) -> tuple[list[i
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered(messages[:number], tokenizer, add_generation_prompt=True)
+        before = _before(messages, number, tokenizer)
         after = _rendered(messages[: number + 1], tokenizer)
         if ids[: len(before)] != before or ids[: len(after)] != after:
             raise DataError(
@@ -120,7 +120,16 @@ def _by_prefixes(messages: Messages, where: str, tokenizer: Any) -> tuple[list[i
     return ids, learned
 
 
+def _before(messages: Messages, number: int, tokenizer: Any) -> list[int]:
+    """Tokens of the conversation up to where what a message says begins."""
+    if number:
+        return _rendered(messages[:number], tokenizer, add_generation_prompt=True)
+    # templates need a message, and may put a system prompt of their own before it: what it begins with whatever it says
+    said = messages[0]["content"]
+    ids = _rendered(messages[:1], tokenizer)
+    other = _rendered([messages[0] | {"content": "1" if said.lstrip().startswith("0") else "0"}], tokenizer)
+    return ids[: shared_start(ids, other)]
+
+
 def _rendered(messages: Messages, tokenizer: Any, **options: Any) -> list[int]:
-    if not messages:
-        return []
     return list(tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"])
