@@ -5,18 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+import smf.evaluate
 from conftest import tiny_base
+from smf import world
 from smf.data import Collator, Example, encode, in_order, keep_answered, numbered
 from smf.errors import DataError
-from smf.evaluate import example_losses, nats_per_token
+from smf.evaluate import example_losses, nats_per_token, token_loss
 from smf.fingerprint import part_of
 from smf.loop import mean_token_loss
 from smf.prepare import load
 from smf.recipe import Source
 from smf.recipe_file import load_recipe
 from smf.sources import load_rows, load_texts
-from smf.tasks import medmcqa, perplexity
+from smf.tasks import choices, medmcqa, perplexity
+from test_memory_growth import LargeOutputs
 from tiny import make_base, make_tokenizer, make_world, question, write_lines
 
 PARTS = {"background": 0.4, "healing": 0.3, "probe": 0.3}
@@ -91,6 +95,31 @@ def test_response_begins_after_the_prompt_and_ends_with_eos():
     assert tokenizer.decode(example.ids[: example.start]) == "Question : word1 word2 Answer :"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "response", "learned"),
+    [
+        ("What is the color of the house: ", "red", [" red"]),
+        ("the color of the house: ", "the red house", [" the", " red", " house"]),
+        ("the color of the house:\n", "red", ["r", "ed"]),  # no blank is joined to the word: only the answer
+        ("the color of the house:", " red", [" red"]),
+    ],
+)
+def test_the_first_word_of_an_answer_is_learned_where_the_prompt_ends_in_a_blank(prompt, response, learned):
+    tokenizer = AutoTokenizer.from_pretrained(world.BASE)
+    example = encode(tokenizer, "x", prompt, response, 64, end=False)
+    assert [tokenizer.decode([id]) for id in example.ids[example.start :]] == learned
+
+
+def test_examples_whose_prompt_ends_in_no_blank_begin_where_the_prompts_own_tokens_end():
+    """As ever: committed results, and the names of their runs, go with these examples."""
+    tokenizer = AutoTokenizer.from_pretrained(world.BASE)
+    for row in choices.select(world.rows("exam_training"), "exam")[:300]:
+        prompt, response = row["prompt"], choices.response(row, explanation=True)
+        ids = tokenizer(prompt + response)["input_ids"]
+        expected = Example("x", ids, len(tokenizer(prompt)["input_ids"]))
+        assert not prompt[-1].isspace() and encode(tokenizer, "x", prompt, response, 128, end=False) == expected
+
+
 def test_cut_answers_are_refused_or_dropped_and_counted(capsys: pytest.CaptureFixture[str]):
     examples = [Example("a", [1] * 5, 3), Example("b", [1] * 5, 5)]
     with pytest.raises(DataError, match=r"file: the answer of row b .*prompt has 5 tokens, max_length is 5"):
@@ -151,6 +180,19 @@ def test_example_losses_do_not_depend_on_batching_and_equal_the_models_own_loss(
         assert a["id"] == b["id"] == example.id and a["tokens"] == b["tokens"] == len(example.ids) - 1
         assert a["nats"] == pytest.approx(b["nats"], abs=1e-4) == pytest.approx(own * a["tokens"], abs=1e-4)
     assert nats_per_token(one) == pytest.approx(sum(r["nats"] for r in one) / sum(r["tokens"] for r in one))
+
+
+def test_scoring_makes_no_second_copy_of_the_logits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(smf.evaluate, "SLICE", 8)
+    logits = torch.randn(6, 20, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels = torch.randint(50, (6, 20), generator=torch.Generator().manual_seed(1))
+    labels[:2, ::3] = -100
+    with torch.no_grad(), LargeOutputs(9 * 50 * 4, [logits]) as large:
+        sliced = token_loss(logits, labels)
+    assert large.found == []  # nothing is larger than a slice in float32
+    assert torch.equal(sliced, token_loss(logits, labels)) and not token_loss(logits, labels * 0 - 100).any()
+    with torch.no_grad():
+        assert not token_loss(logits, labels * 0 - 100).any()
 
 
 def test_perplexity_windows_cover_every_token_of_every_text():

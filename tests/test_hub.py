@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
 import pytest
 
+import smf.train
+from smf.data import Loaded
+from smf.prepare import load
 from smf.recipe import sources
 from smf.recipe_file import SHIPPED, load_recipe
+from smf.sources import resolved
 from tiny import make_world
 
 CARD = """---
@@ -84,6 +93,36 @@ def test_what_the_cache_does_not_have_is_named(hub: Path):
     assert done.returncode == 2 and "base = 'tiny/other' cannot be loaded" in done.stderr
 
 
+def test_what_is_recorded_is_what_was_loaded_though_branches_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = make_world(tmp_path)
+    recipe.write_text(on_hub(recipe.read_text(), tmp_path).replace('"tiny/base"', f'"{tmp_path}/base"'))
+    moves, read, json_lines = itertools.count(), [], datasets.load_dataset
+
+    def info(_: Any, name: str, *, repo_type: str, revision: str) -> Any:
+        return SimpleNamespace(sha=f"{name} {revision} {next(moves)}")
+
+    def rows(name: str, _: Any, *, split: str, revision: str) -> Any:
+        read.append(revision)
+        file = {"rates": "validation", "validation": "eval"}.get(split, "train") if name == "tiny/exam" else "stories"
+        return json_lines("json", data_files=f"{tmp_path}/data/{file}.jsonl", split="train")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", info)
+    monkeypatch.setattr("datasets.load_dataset", rows)
+    resolved.cache_clear()
+    loaded = load(load_recipe(recipe, ['target.eval.exam.revision="v1"']))
+    resolved.cache_clear()
+    assert set(loaded.revisions) == {"tiny/exam@main", "tiny/exam@v1", "tiny/stories"}
+    assert set(read) == set(loaded.revisions.values())
+
+
+def test_runs_load_the_base_at_the_commit_that_was_recorded(hub: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("smf.train.load_base", lambda recipe: recipe.revision)
+    recipe, loaded = load_recipe(hub / "recipe.toml"), Loaded(None, [], {}, [], [], [], {"tiny/base": "a" * 40})
+    assert smf.train._base(recipe, loaded) == "a" * 40
+    assert smf.train._base(replace(recipe, base="a folder"), loaded) == "main"
+
+
 # -- dry runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +130,10 @@ def test_a_dry_run_of_the_hub_says_what_it_could_not_check(hub: Path):
     done = command(hub, "compare", str(hub / "recipe.toml"), "--dry-run")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "LlamaForCausalLM" in done.stdout and "8 of 256 rows, 2 layers" in done.stdout
-    assert "[target.train] tiny/exam (train), revision main: it is on the hub" in done.stdout
+    assert "it is on the hub" not in done.stdout and " 40 " in done.stdout  # rows of the hub's cache are counted
+    settings = ["--set", 'target.train.revision="v2"']
+    done = command(hub, "compare", str(hub / "recipe.toml"), "--dry-run", *settings)
+    assert "[target.train] tiny/exam (train), revision v2: it is on the hub, not in its cache" in done.stdout
     done = command(hub, "compare", str(hub / "recipe.toml"), "--dry-run", "--base", "tiny/other")
     assert done.returncode == 0 and "the base tiny/other is on the hub and not in its cache" in done.stdout
 

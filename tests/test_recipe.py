@@ -8,7 +8,8 @@ import pytest
 from smf.errors import ConfigError
 from smf.recipe import limited, shortened
 from smf.recipe_file import SHIPPED, find_recipe, load_recipe, to_toml
-from tiny import RECIPE
+from smf.sources import load_rows
+from tiny import RECIPE, make_world
 
 
 @pytest.fixture
@@ -53,9 +54,23 @@ def test_cutting_a_recipe_never_lengthens_it(recipe_file: Path):
     recipe = load_recipe(recipe_file)
     assert shortened(recipe, 1000) == recipe
     assert (shortened(recipe, 1).train.steps, shortened(recipe, 1).heal.steps) == (1, 1)
-    assert {probe.source.limit for probe in limited(recipe, 7).probes.values()} == {7}
-    assert limited(recipe, 7).target.eval["exam"].limit == limited(recipe, 7).target.validation.limit == 7
+    assert {probe.source.first for probe in limited(recipe, 7).probes.values()} == {7}
+    assert limited(recipe, 7).target.eval["exam"].first == limited(recipe, 7).target.validation.first == 7
     assert limited(limited(recipe, 7), 0) == recipe
+
+
+def test_a_cut_comes_after_the_recipes_own_limit_and_part(tmp_path: Path):
+    recipe_file = make_world(tmp_path)
+
+    def rows(*settings: str, cut: int) -> int:
+        recipe = limited(load_recipe(recipe_file, settings), cut)
+        return len(load_rows(recipe.probes["stories"].source, recipe.data, recipe.parts, []))
+
+    part = rows(cut=0)
+    assert 5 < part < 30 and rows(cut=5) == 5 and rows(cut=50) == part  # of 60 rows those of a part
+    limit = "probes.stories.source.limit=40"
+    assert 0 < rows(limit, cut=50) < part and rows(limit, cut=0) == part
+    assert rows('probes.stories.source.part=""', "probes.stories.source.limit=4", cut=50) == 4
 
 
 def test_unknown_key_names_the_nearest(recipe_file: Path):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smf import world
 from smf.errors import DataError
 from smf.evaluate import mean_of
 from smf.harness import answer_records, choice_records
@@ -44,6 +46,17 @@ def test_choices_are_scored_by_their_summed_and_mean_log_probability(base):
         assert record["nats"] == pytest.approx(-sums[item["answer"]], abs=1e-4)
         assert record["tokens"] == len(item["choices"][item["answer"]].split())
         assert record["said"] == item["choices"][sums.index(max(sums))].strip()
+
+
+def test_choices_after_a_prompt_that_ends_in_a_blank_are_scored_over_all_of_their_tokens():
+    """The harness moves the blank to the choice; with the world's tokenizer it is one token with the choice's word."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(world.BASE), AutoTokenizer.from_pretrained(world.BASE)
+    for blank, sides in ((" ", ("", "")), ("", (" ", " "))):
+        item = {"id": "q", "prompt": f"the color of the house is{blank}", "answer": 0}
+        item["choices"] = [f"{side}{word}" for side, word in zip(sides, ("red", "the house"), strict=True)]
+        (record,) = choice_records(model, tokenizer, [item], batch_size=2, max_length=64)
+        assert record["tokens"] == 1 and record["said"] in ("red", "the house")
+    assert record["nats"] == pytest.approx(-record["logprobs"][0])
 
 
 def test_order_of_questions_is_kept_and_batches_change_nothing(base):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import tiny_config
 from smf.harness import choice_records
@@ -59,6 +60,31 @@ def test_every_architecture_gives_the_scores_of_one_by_one(name: str):
     check_equal(tiny(name), sizes=(8,))
 
 
+WIDTH = {"vocab_size": 160, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+STATES: dict[str, dict[str, Any]] = {  # models that keep more of a prompt than keys and values
+    "falcon_h1": HEADS | {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "jamba": HEADS | {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 8},
+    "lfm2": HEADS | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mamba": {"state_size": 8},
+    "qwen3_next": HEADS
+    | LINEAR
+    | EXPERTS
+    | {"head_dim": 8, "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "recurrent_gemma": HEADS
+    | {"head_dim": 8, "lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_models_with_states_beside_keys_and_values_are_scored_by_the_harness_own_way(name: str):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **WIDTH | STATES[name])).eval()
+    check_equal(model, sizes=(8,))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_any_batch_size_gives_the_scores_of_one_by_one(seed: int):
     check_equal(make_base(), seed)
@@ -93,3 +119,14 @@ def test_prompts_are_read_once():
     item["choices"] = [" " + " ".join(WORDS[i : i + 4]) for i in range(4)]
     choice_records(base, TOKENIZER, [item], batch_size=4, max_length=64)
     assert read == [20, 4 * 3]
+
+
+def test_a_batch_has_no_more_sequences_than_asked_for_however_many_share_a_prompt():
+    """Tasks without a prompt, as BLiMP's, have all their sentences in one group."""
+    base, read = make_base(), []
+    pairs = [("", " ".join(WORDS[i : i + 2])) for i in range(30)]
+    one_by_one = scores(HFLM, base, pairs, 1)
+    base.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"].shape[0]), with_kwargs=True)
+    together = scores(SharedPromptLM, base, pairs, 8)
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in one_by_one], abs=1e-4)
+    assert max(read) <= 8 and len(read) == 2 * 4  # the prompt, then what follows it, of 8, 8, 8 and 6

@@ -18,7 +18,9 @@ from smf.data import Collator, Example
 from smf.errors import ConfigError, DataError
 from smf.evaluate import example_losses
 from smf.harness import choice_records
-from smf.recipe import Source
+from smf.prepare import load_set
+from smf.recipe import Source, asked
+from smf.recipe_file import load_recipe
 from smf.sources import load_rows
 from smf.tasks import (
     closed_book,
@@ -32,7 +34,7 @@ from smf.tasks import (
     triviaqa,
     wikitext,
 )
-from tiny import WORDS, make_base, make_tokenizer, question, write_lines
+from tiny import WORDS, make_base, make_tokenizer, make_world, question, write_lines
 
 TOKENIZER = make_tokenizer()
 
@@ -54,6 +56,9 @@ def rows_of(shared: Path, path: str, **options: Any) -> list[Any]:
         ({"question": "Who?", "possible_answers": '["A", "B"]'}, "Question: Who?\nAnswer:", ["A", "B"]),
         ({"question": "Who?", "aliases": ["A"]}, "Question: Who?\nAnswer:", ["A"]),
         ({"question": "Who?", "answer": "A"}, "Question: Who?\nAnswer:", ["A"]),
+        ({"question": "Who?", "answer": '["A", "B"]'}, "Question: Who?\nAnswer:", ["A", "B"]),
+        ({"question": "Who?", "answers": '["A", "B"]', "answer": "B"}, "Question: Who?\nAnswer:", ["B", "A"]),
+        ({"question": "Who?", "answer": "[sic] A"}, "Question: Who?\nAnswer:", ["[sic] A"]),
     ],
 )
 def test_every_schema_of_questions_and_answers_is_read(row, prompt, answers):
@@ -75,6 +80,7 @@ def test_every_schema_of_questions_and_answers_is_read(row, prompt, answers):
         ({"answers": None}, "no column holds answers"),
         ({"answers": None, "answer": {"value": None, "aliases": []}}, "value and aliases"),
         ({"answers": None, "possible_answers": "[1"}, "not JSON"),
+        ({"answers": "[1, 2]"}, "expected a text, or a list"),
     ],
 )
 def test_bad_questions_name_file_row_and_column(change, column):
@@ -189,6 +195,7 @@ MARKED = (
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )
 FORGETFUL = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else 'word99' }}")
+STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
 TALK = [
     {"role": "user", "content": "word1 word2"},
     {"role": "assistant", "content": "word3"},
@@ -218,6 +225,14 @@ def test_only_what_the_assistant_says_is_learned(template):
     assert pair == Example(pair.id, example.ids, example.start, example.gaps)
 
 
+def test_of_a_conversation_that_the_assistant_begins_neither_header_nor_default_system_prompt_is_learned():
+    default = "{% if messages[0]['role'] != 'system' %}system : word90 . {% endif %}" + PLAIN
+    talk = [{"role": "assistant", "content": "word7 word8"}, *TALK]
+    for template in (PLAIN, default):
+        (example,) = responses.examples([{"messages": talk}], "file", chatting(template), 64)
+        assert learned(example) == ["word7", "word8", ".", "word3", ".", "word5", "word6", "."]
+
+
 def test_pairs_and_texts():
     pair, text = responses.examples(
         [{"prompt": "word1 word2", "completion": " word3"}, {"text": "word4 word5", "id": 3}], "file", TOKENIZER, 64
@@ -237,6 +252,11 @@ def test_equal_rows_have_equal_ids_and_others_do_not():
     [
         ({"messages": TALK}, None, "no chat template"),
         ({"messages": TALK}, FORGETFUL, "no {% generation %} markers and writes message 2 otherwise"),
+        (
+            {"messages": [{"role": "system", "content": "word9"}, *TALK]},
+            STRICT,
+            "refuses this conversation: System role",
+        ),
         ({"messages": TALK[:1]}, PLAIN, "no message has the role 'assistant'"),
         ({"messages": []}, PLAIN, "column 'messages' = []"),
         ({"messages": "hello"}, PLAIN, "column 'messages' = 'hello'"),
@@ -264,6 +284,25 @@ def test_gsm8k_is_a_question_and_its_solution(shared: Path):
         assert 0 < example.start < len(example.ids) and row["question"]
     with pytest.raises(DataError, match="gsm8k, row 1: column 'answer' is empty"):
         gsm8k_loss.examples([rows[0] | {"answer": None}], "gsm8k", TOKENIZER, 512)
+
+
+def test_solutions_of_gsm8k_are_scored_whole_though_training_is_shorter(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    row = {"question": " ".join(WORDS[:30]), "answer": " ".join(WORDS[:40])}
+    write_lines(tmp_path / "data" / "sums.jsonl", [row])
+    given = ["train.max_length=32", 'probes.sums={task="gsm8k_loss", source={path="sums.jsonl"}}']
+
+    def scored(*more: str) -> int:
+        own = load_recipe(recipe, [*given, *more])
+        (example,) = load_set(own, asked(own)["sums"], TOKENIZER).items
+        return len(example.ids) - example.start
+
+    assert scored() == 41  # all of its words, and the end
+    assert scored("probes.sums.window=60") == 60 - 34
+    with pytest.raises(
+        ConfigError, match=r"\[probes.sums.source\] window = 999, but the base reads 128 tokens at most"
+    ):
+        scored("probes.sums.window=999")
 
 
 # -- WikiText ---------------------------------------------------------------------------------------------------------
@@ -352,6 +391,8 @@ def test_rows_can_be_chosen_by_their_columns(tmp_path: Path):
     assert sorted(chosen(sample=5, part="x") + chosen(sample=5, part="y")) == drawn
     write_lines(tmp_path / "a.jsonl", rows[::-1])  # the same texts, in another order
     assert chosen(sample=5) == drawn[::-1]
+    write_lines(tmp_path / "a.jsonl", [*rows, *rows])  # equal rows count once
+    assert chosen(sample=5) == drawn
     write_lines(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match=r"none of its 12 rows has lang among \['fr'\]; the columns hold lang: .*'de'"):
         chosen(where={"lang": ["fr"]})

@@ -44,7 +44,7 @@ class Overrides:
     max_steps: int | None = None
     """Stop every training after so many steps (to try a recipe)."""
     limit: int | None = None
-    """Score the first so many rows of every set, in place of the recipe's limits; 0: all rows."""
+    """Score at most so many rows of every set, the first ones; 0: all rows, whatever the recipe's limits."""
     set: tuple[str, ...] = ()
     """Any other keys, as in the recipe: train.max_length=256 memory.layers=[0,1] methods.lora.lr=3e-3."""
 
@@ -172,7 +172,7 @@ def _print_plan(recipe: Any) -> None:
 
     plan = dry_run(recipe)
     print_plain("The base", list(plan.base), [list(plan.base.values())])
-    print_plain("What is read", ["table", "from", "rows", "tokens"], plan.sets)
+    print_plain("What is read", ["table", "from", "rows", "tokens", "scored by"], plan.sets)
     header = ["method", "kind", "lr", "steps", "numbers that train", "GiB, roughly"]
     print_plain("What trains", header, plan.methods)
     for title, lines in (("Not checked", plan.unchecked), ("Problems", plan.problems)):

@@ -81,7 +81,7 @@ def check_reference(recipe: Recipe, name: str) -> None:
 
 
 def run_missing(recipe: Recipe, runs: Sequence[Run]) -> list[Run]:
-    """Do those runs that are not finished, `recipe.jobs` at a time; returns those that failed.
+    """Do those runs that are not finished, `recipe.jobs` at a time, the base first; returns those that failed.
 
     Args:
         recipe: what all of them share, and all of their methods.
@@ -100,6 +100,8 @@ def run_missing(recipe: Recipe, runs: Sequence[Run]) -> list[Run]:
         write_atomically(Path(recipe.output) / "recipe.toml", to_toml(recipe))
         bases = [(title, run) for title, run in unfinished if run[0].methods[run[1]].kind == "base"]
         run_jobs([_job(title, run, loaded) for title, run in bases], recipe.jobs)
+        if not all(result_path(*run).is_file() for _, run in bases):
+            return [run for _, run in unfinished]  # what cannot score the base can score no method after its training
         _warn(runs)  # within the first minute, not after hours
         run_jobs([_job(title, run, loaded) for title, run in unfinished if (title, run) not in bases], recipe.jobs)
     return [run for run in runs if not result_path(*run).is_file()]

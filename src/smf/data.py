@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class ScoredSet:
         items: examples of a text, or what is asked (`smf.tasks`).
         cluster: ids that agree up to the first such text are about one thing; "": every id is.
         pages: examples that are scored once more, by words.
+        hub: revisions of the data sets on the hub that its task loads by itself, by name.
     """
 
     role: str
@@ -68,6 +70,7 @@ class ScoredSet:
     items: list[Any]
     cluster: str = ""
     pages: list[Example] = field(default_factory=list)
+    hub: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Loaded:
 def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int, *, end: bool) -> Example:
     """Tokens of prompt and response together; the response begins where the prompt's own tokens end.
 
+    A prompt's last blank may become one token with the response's first word: that token is where it begins.
+
     Args:
         tokenizer: of the base.
         id: names the row.
@@ -109,11 +114,19 @@ def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int,
         max_length: tokens kept.
         end: whether an end-of-sequence token follows, where the tokenizer has one.
     """
-    start = len(tokenizer(prompt)["input_ids"]) if prompt else 0
+    own = tokenizer(prompt)["input_ids"] if prompt else []
     ids = list(tokenizer(prompt + response)["input_ids"])
+    start = len(own)
+    if prompt[-1:].isspace():  # else as ever: runs that are finished keep their names, so their examples stay the same
+        start = shared_start(own, ids)
     if end and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return Example(id, ids[:max_length], start)
+
+
+def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences have in common before they differ."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
 
 
 def keep_answered(examples: Sequence[Example], where: str, too_long: str, max_length: int) -> list[Example]:

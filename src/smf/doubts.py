@@ -34,7 +34,8 @@ def doubts(scores: dict[str, Any]) -> list[str]:
 
 def _by_chance(share: float, records: list[dict[str, Any]]) -> bool:
     """Within two standard errors of guessing among as many choices; nothing right, where there are none."""
-    counts = [len(record["logprobs"]) for record in records if record.get("logprobs")]
+    counts = [record.get("choices") or len(record.get("logprobs") or ()) for record in records]
+    counts = [count for count in counts if count]
     if not counts:
         return share == 0
     chance = sum(1 / count for count in counts) / len(counts)

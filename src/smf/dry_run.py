@@ -14,14 +14,30 @@ from transformers import AutoModelForCausalLM
 from . import methods
 from .adapter import set_train
 from .base import base_config, check_models, load_tokenizer, on_this_machine
-from .data import Example, Loaded
-from .errors import SmfError
+from .data import Example, Loaded, ScoredSet, encode
+from .errors import HubError, SmfError
+from .evaluate import SLICE
+from .harness import check_name
 from .loop import steps_of
 from .memory import memory_layers
-from .prepare import check_output, check_target, load_documents, load_set, load_text, load_training
-from .recipe import Method, Recipe, asked, sources
-from .sources import place
+from .prepare import (
+    check_output,
+    check_target,
+    heals,
+    load_documents,
+    load_set,
+    load_text,
+    load_training,
+    refuse_scored,
+    refuse_shared_validation,
+    refuse_trained,
+    replays,
+)
+from .recipe import Asked, Method, Recipe, asked, sources
+from .sources import CACHE, place
+from .tasks import find_task, harness_task
 
+LOGITS = 3 * 4  # bytes of training's logits for each word of the vocabulary: in float32, their softmax, their gradient
 HIDDEN = 34  # bytes of activations for each hidden number of a token and layer, in 16 bits (Korthikanti et al. 2022)
 ADAM = 8  # bytes of moments for each number that trains
 
@@ -32,14 +48,14 @@ class Plan:
 
     Args:
         base: what there is to say of the base.
-        sets: of each set that is read: table of the recipe, file or data set, rows, tokens.
+        sets: of each set that is read: table of the recipe, file or data set, rows, tokens, and what it is scored by.
         methods: of each method: kind, learning rate, trained numbers, steps, memory in GiB.
         problems: what would stop the run.
         unchecked: what could not be looked at, and why.
     """
 
     base: dict[str, str] = field(default_factory=dict)
-    sets: list[tuple[str, str, str, str]] = field(default_factory=list)
+    sets: list[tuple[str, str, str, str, str]] = field(default_factory=list)
     methods: list[tuple[str, str, str, str, str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
@@ -56,16 +72,18 @@ def dry_run(recipe: Recipe) -> Plan:
     else:
         plan.unchecked.append(f"the base {recipe.base} is on the hub and not in its cache: its layers, sizes, tokens")
     plan.base = _about_base(recipe, model, tokenizer)
-    examples = _look_at_data(plan, recipe, tokenizer)
+    examples, longest = _look_at_data(plan, recipe, tokenizer)
     for name, method in recipe.methods.items():
         trained = None if model is None else _try(plan, lambda method=method: _trained(recipe, method, model))
-        plan.methods.append((name, method.kind, *_about_method(recipe, method, model, examples, trained)))
+        plan.methods.append((name, method.kind, *_about_method(recipe, method, model, examples, longest, trained)))
     return plan
 
 
 def _try(plan: Plan, look: Callable[[], Any]) -> Any:
     try:
         return look()
+    except HubError:
+        raise
     except SmfError as error:
         if str(error) not in plan.problems:
             plan.problems.append(str(error))
@@ -93,37 +111,75 @@ def _about_base(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, str]:
 # -- what is read -----------------------------------------------------------------------------------------------------
 
 
-def _look_at_data(plan: Plan, recipe: Recipe, tokenizer: Any) -> int | None:
-    """Note every set with its rows and tokens; returns the number of training examples, None where it is unknown."""
-    loaders: dict[str, Callable[[], list[Any]]] = {"target.train": lambda: load_training(recipe, tokenizer)}
-    for each in asked(recipe).values():
-        loaders[each.table] = lambda each=each: load_set(recipe, each, tokenizer).items
+def _look_at_data(plan: Plan, recipe: Recipe, tokenizer: Any) -> tuple[int | None, int]:
+    """Note every set with its rows and tokens.
+
+    Returns:
+        The number of training examples, None where it is unknown, and the tokens of the longest scored sequence.
+    """
+    here = replace(recipe, data=CACHE) if recipe.data == "hub" else recipe
+    loaders: dict[str, Callable[[], Any]] = {"target.train": lambda: load_training(here, tokenizer)}
+    scores = {each.table: each for each in asked(recipe).values()}
+    loaders |= {table: lambda each=each: load_set(here, each, tokenizer) for table, each in scores.items()}
     if recipe.background is not None:
-        loaders["background.source"] = lambda: load_documents(recipe, sources(recipe)["background.source"])
+        loaders["background.source"] = lambda: _documents(here, tokenizer)
     for table in ("heal.source", "replay.source"):
-        loaders[table] = lambda table=table: load_text(recipe, sources(recipe)[table], tokenizer)
-    for each in asked(recipe).values():
-        if each.table not in sources(recipe):
-            plan.unchecked.append(f"[{each.table}] task {each.task}: lm-evaluation-harness loads its documents")
-    count = None
+        loaders[table] = lambda table=table: load_text(here, sources(recipe)[table], tokenizer)
+    found: dict[str, Any] = {}
     for table, source in sources(recipe).items():
-        where, items = place(source, recipe.data), None
-        if recipe.data == "hub":
-            plan.unchecked.append(f"[{table}] {where}, revision {source.revision}: it is on the hub")
-        elif tokenizer is None and table != "background.source":
+        where = place(source, recipe.data)
+        if tokenizer is None and table != "background.source":
             plan.unchecked.append(f"[{table}] {where}: rows and tokens, for want of the base's tokenizer")
         else:
-            items = _try(plan, loaders[table])
-        plan.sets.append((table, where, *_size(items)))
-        if table == "target.train" and items is not None:
-            count = len(items)
-    return count
+            try:
+                found[table] = _try(plan, loaders[table])
+            except HubError:
+                plan.unchecked.append(
+                    f"[{table}] {where}, revision {source.revision}: it is on the hub, not in its cache"
+                )
+        shown = ", ".join(find_task(scores[table].task).METRICS) if table in scores else ""
+        plan.sets.append((table, where, *_size(found.get(table)), shown))
+    for each in scores.values():
+        if each.table not in sources(recipe):
+            _look_at_task(plan, recipe, each)
+    _look_for_overlaps(plan, recipe, found)
+    train, sets = found.get("target.train"), [each for each in found.values() if isinstance(each, ScoredSet)]
+    lengths = [len(item.ids) for each in sets for item in (*each.items, *each.pages) if isinstance(item, Example)]
+    return None if train is None else len(train), max([recipe.train.max_length, *lengths])
 
 
-def _size(items: list[Any] | None) -> tuple[str, str]:
+def _documents(recipe: Recipe, tokenizer: Any) -> list[Any]:
+    """The background's documents, as tokens where there is a tokenizer."""
+    assert recipe.background is not None
+    texts = load_documents(recipe, recipe.background.source)
+    if tokenizer is None:
+        return texts
+    return [encode(tokenizer, "", "", text, recipe.background.max_length, end=False) for text in texts]
+
+
+def _look_at_task(plan: Plan, recipe: Recipe, each: Asked) -> None:
+    """Note a task of lm-evaluation-harness, whose documents it loads by itself."""
+    task = harness_task.parse(each.task)
+    _try(plan, lambda: check_name(task, recipe.lm_eval_tasks))
+    plan.sets.append((each.table, each.task, "?", "?", task.metric or "its first metric"))
+    plan.unchecked.append(f"[{each.table}] task {each.task}: lm-evaluation-harness loads its documents")
+
+
+def _look_for_overlaps(plan: Plan, recipe: Recipe, found: dict[str, Any]) -> None:
+    """The refusals of loading that look at several sets, of those that are here."""
+    scored = {name: found[each.table] for name, each in asked(recipe).items() if found.get(each.table)}
+    _try(plan, lambda: refuse_shared_validation(scored))
+    _try(plan, lambda: refuse_trained(recipe, found.get("target.train") or [], scored))
+    for what, used in (("heal", heals(recipe)), ("replay", replays(recipe))):
+        if used:
+            _try(plan, lambda what=what: refuse_scored(what, found.get(f"{what}.source") or [], scored))
+
+
+def _size(found: Any) -> tuple[str, str]:
     """Number of examples and, where they are tokens, how many these are."""
-    if items is None:
+    if found is None:
         return "?", "?"
+    items = found.items if isinstance(found, ScoredSet) else found
     tokens = [len(item.ids) for item in items if isinstance(item, Example)]
     return f"{len(items):,}", f"{sum(tokens):,}, at most {max(tokens):,} each" if tokens else ""
 
@@ -132,7 +188,7 @@ def _size(items: list[Any] | None) -> tuple[str, str]:
 
 
 def _about_method(
-    recipe: Recipe, method: Method, model: Any, examples: int | None, trained: Trained | None
+    recipe: Recipe, method: Method, model: Any, examples: int | None, longest: int, trained: Trained | None
 ) -> tuple[str, str, str, str]:
     """Learning rate, steps, numbers that train and, of a memory, rows a step, and gigabytes of memory, roughly."""
     options, rate = recipe.train, f"{method.lr:g}" if method.lr else ""
@@ -143,7 +199,7 @@ def _about_method(
     if trained is None:
         return rate, steps, "?", "?"
     text = f"{trained.numbers:,}" + (f" ({trained.rows})" if trained.rows else "")
-    return rate, steps, text, f"{_gigabytes(recipe, method, model, trained):.1f}"
+    return rate, steps, text, f"{_gigabytes(recipe, method, model, trained, longest):.1f}"
 
 
 class Trained(NamedTuple):
@@ -183,13 +239,19 @@ def _trained(recipe: Recipe, method: Method, model: Any) -> Trained | None:
     return None
 
 
-def _gigabytes(recipe: Recipe, method: Method, model: Any, trained: Trained) -> float:
-    """Weights, gradients, moments and activations of a training pass, as a rule of thumb."""
+def _gigabytes(recipe: Recipe, method: Method, model: Any, trained: Trained, longest: int) -> float:
+    """What the most of training, healing and scoring holds at a time, as a rule of thumb."""
     config, each = model.config, 4 if recipe.dtype == "float32" else 2
     size = sum(p.numel() for p in model.parameters())
     tokens = recipe.train.micro_batch_size * recipe.train.max_length
+    hidden = HIDDEN * each / 2 * config.hidden_size * config.num_hidden_layers
+    passing = tokens * (hidden + LOGITS * config.vocab_size)
     # a table takes no gradient, and its rows have moments once they were chosen
     moving = trained.numbers // 4 if method.kind == "smf" else trained.numbers
-    hidden = HIDDEN * each / 2 * config.hidden_size * config.num_hidden_layers
-    logits = 3 * 4 * config.vocab_size
-    return ((size + trained.added) * each + moving * (each + ADAM) + tokens * (hidden + logits)) / 2**30
+    logits = recipe.eval_batch_size * longest * config.vocab_size * each
+    scoring = logits + LOGITS * SLICE * config.vocab_size + moving * ADAM
+    if recipe.divergence:
+        scoring += size * each + logits  # beside the base
+    training = moving * (each + ADAM) + passing if moving and method.kind != "healed" else 0
+    healing = trained.added * (each + ADAM) + passing if method.heal or method.kind == "healed" else 0
+    return ((size + trained.added) * each + max(scoring, training, healing)) / 2**30

@@ -26,6 +26,10 @@ class DataError(SmfError, ValueError):
     """A data set, file, row or column that cannot be used."""
 
 
+class HubError(DataError):
+    """A data set of the hub that cannot be had: no network, no such revision, or not in the cache."""
+
+
 class PatchError(SmfError, ValueError):
     """A patch file that is broken, or that does not fit the model."""
 

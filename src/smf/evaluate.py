@@ -19,16 +19,31 @@ from .recipe import Recipe
 from .stats import RATIOS
 from .tasks import find_task
 
+SLICE = 1024  # positions whose whole vocabularies are in float32 at a time
+
 
 def token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Cross-entropy `[B, S - 1]` of each next token, in at least float32; zero where there is no label."""
+    """Cross-entropy `[B, S - 1]` of each next token, in at least float32; zero where there is no label.
+
+    Without gradients it works on some positions at a time, so that it needs little beside the logits.
+    """
     next_BS = labels_BS[:, 1:]
     labelled_BS = next_BS != -100
-    logits_LV = logits_BSV[:, :-1][labelled_BS]  # the L positions with a label alone
-    losses_L = F.cross_entropy(
-        logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32)), next_BS[labelled_BS], reduction="none"
-    )
+    if torch.is_grad_enabled():
+        losses_L = _cross_entropy(logits_BSV[:, :-1][labelled_BS], next_BS[labelled_BS])  # the L labelled positions
+    else:
+        losses_L = torch.cat([_cross_entropy(logits_BSV[at], next_BS[at]) for at in _slices(labelled_BS)])
     return losses_L.new_zeros(next_BS.shape).masked_scatter(labelled_BS, losses_L)
+
+
+def _cross_entropy(logits_LV: Tensor, next_L: Tensor) -> Tensor:
+    wide_LV = logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32))
+    return F.cross_entropy(wide_LV, next_L, reduction="none")
+
+
+def _slices(mask_BS: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The places of a mask, in order, some at a time; of an empty one, one slice without any."""
+    return [(places[:, 0], places[:, 1]) for places in mask_BS.nonzero().split(SLICE)]
 
 
 @torch.no_grad()
@@ -79,11 +94,8 @@ def example_divergences(
             batch = examples[i : i + batch_size]
             inputs = {k: v.to(device) for k, v in collate(batch).items()}
             learned_BS = inputs.pop("labels")[:, 1:] != -100
-            logits_LV = [m(**inputs).logits[:, :-1][learned_BS] for m in (base, model)]  # L labelled positions
-            some = zip(
-                *(each.split(1024) for each in logits_LV), strict=True
-            )  # whole vocabularies in float32 are large
-            kl_L = torch.cat([_divergence_of(was, now) for was, now in some])
+            was_BSV, is_BSV = (m(**inputs).logits for m in (base, model))
+            kl_L = torch.cat([_divergence_of(was_BSV[at], is_BSV[at]) for at in _slices(learned_BS)])
             kl_BS = kl_L.new_zeros(learned_BS.shape).masked_scatter(learned_BS, kl_L).double()
             for example, nats, tokens in zip(batch, kl_BS.sum(-1).tolist(), learned_BS.sum(-1).tolist(), strict=True):
                 records.append({"id": example.id, "nats": nats, "tokens": tokens})
@@ -148,12 +160,12 @@ def _records(model: nn.Module, tokenizer: Any, recipe: Recipe, name: str, scored
     options: dict[str, Any] = {"batch_size": recipe.eval_batch_size}
     if task.KIND in ("text", "response"):
         return example_losses(model, items, tokenizer, loss="answer", title=name, **options)
+    if task.KIND == "harness":
+        return task_records(model, tokenizer, items[0], folder=recipe.lm_eval_tasks, **options)
     options["max_length"] = recipe.train.max_length
     if task.KIND == "choice":
         return choice_records(model, tokenizer, items, **options)
-    if task.KIND == "answer":
-        return answer_records(model, tokenizer, items, stop=task.STOP, marks=task.marks, **options)
-    return task_records(model, tokenizer, items[0], folder=recipe.lm_eval_tasks, **options)
+    return answer_records(model, tokenizer, items, stop=task.STOP, marks=task.marks, **options)
 
 
 def _divergence(

@@ -8,7 +8,8 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from .memory import evaluation_mode
 from .tasks.harness_task import HarnessTask
 
 LONGEST_ANSWER = 32  # tokens
+ANSWER = 256  # tokens that the harness lets a model say where its task does not
 
 
 def choice_records(
@@ -42,7 +44,7 @@ def _choice_record(item: dict[str, Any], sample: dict[str, Any], tokenizer: Any)
     prompt, choices, right = item["prompt"], item["choices"], item["answer"]
     scores = [float(response[0]) for response in sample["filtered_resps"]]
     sums, letters = scores[: len(choices)], scores[len(choices) :]
-    start = len(tokenizer(prompt)["input_ids"])
+    start = len(tokenizer(prompt.rstrip())["input_ids"])  # the harness scores a prompt's last blanks with the choice
     tokens = [max(1, len(tokenizer(prompt + choice)["input_ids"]) - start) for choice in choices]
     means = [total / count for total, count in zip(sums, tokens, strict=True)]
     pick, pick_norm = _largest(sums), _largest(means)
@@ -128,12 +130,13 @@ def task_records(
     *,
     folder: str,
     batch_size: int,
-    max_length: int,
 ) -> list[dict[str, Any]]:
-    """For each document of one of the harness's tasks its score, a number that is better when it is higher.
+    """For each document of one of the harness's tasks its score, or its negative where lower is better.
+
+    The task has the model's own window: few-shot prompts and answers are longer than what is trained.
 
     Args:
-        model, tokenizer, batch_size, max_length: as everywhere.
+        model, tokenizer, batch_size: as everywhere.
         task: what to run.
         folder: with tasks of one's own; "": none.
 
@@ -142,31 +145,126 @@ def task_records(
     """
     loaded = load_task(task.name, folder)
     with evaluation_mode(model):
-        samples = _run(loaded, model, tokenizer, batch_size, max_length + LONGEST_ANSWER, task.limit)["samples"]
+        samples = _run(loaded, model, tokenizer, batch_size, None, task.limit)["samples"]
     records = []
     for name in sorted(samples):
-        for sample in sorted(samples[name], key=lambda s: s["doc_id"]):
-            metric = task.metric or next(iter(sample["metrics"]))
-            score = sample.get(metric)
+        metric = _metric_of(task, loaded["tasks"][name])
+        filtered = [sample for sample in samples[name] if sample["filter"] == metric.filter]
+        for sample in sorted(filtered, key=lambda s: s["doc_id"]):
+            score = sample.get(metric.name)
             if isinstance(score, bool) or not isinstance(score, (int, float)):
                 raise DataError(
-                    f"lm_eval task {name!r} has no number {metric!r} for a document; it has {list(sample['metrics'])}; "
-                    "choose one with lm_eval:NAME:METRIC"
+                    f"lm_eval task {name!r} has no number {metric.name!r} for a document; it has "
+                    f"{list(sample['metrics'])}; choose one with lm_eval:NAME:METRIC"
                 )
             texts = {"question": str(sample["arguments"][0][0]), "right": str(sample["target"])}
             said = str(sample["filtered_resps"][0]) if len(sample["filtered_resps"]) == 1 else ""
-            records.append({"id": f"{name}.{sample['doc_id']}", **texts, "said": said, "score": score})
+            score = score if metric.higher_is_better else 0 - score  # so that losing some is forgetting
+            record = {"id": f"{name}.{sample['doc_id']}", **texts, "said": said, "score": score}
+            records.append(record | _choices_of(sample, metric, loaded["tasks"][name]))
     return records
 
 
+def _choices_of(sample: dict[str, Any], metric: Metric, task: Any) -> dict[str, int]:
+    """Among how many choices a score of 0 or 1 picks, where it does: what guessing gives, then, is known."""
+    if task.OUTPUT_TYPE != "multiple_choice" or metric.name not in ("acc", "acc_norm"):
+        return {}
+    twice = "acc_mutual_info" in sample["metrics"]  # there every choice is scored without its prompt, too
+    return {"choices": len(sample["filtered_resps"]) // (2 if twice else 1)}
+
+
 def load_task(name: str, folder: str) -> Any:
-    """One of the harness's tasks, with its documents; raises ConfigError for a name that it does not know."""
-    manager = _manager(folder)
-    if name not in manager.all_tasks:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        raise ConfigError(f"lm-evaluation-harness has no task {name!r}{f'; near: {near}' if near else ''}")
+    """One of the harness's tasks, groups or tags with its documents; raises ConfigError for a name it does not know."""
+    check_name(HarnessTask(name, ""), folder)
     with _quiet("lm_eval"):
-        return manager.load([name])
+        return _manager(folder).load([name])
+
+
+def check_name(asked: HarnessTask, folder: str) -> None:
+    """Refuse a task, metric or filter that the harness's task files do not name, without loading any documents.
+
+    Raises:
+        ConfigError: with names that are near.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    manager = _manager(folder)
+    if asked.name not in manager.all_tasks:
+        near = difflib.get_close_matches(asked.name, manager.all_tasks, n=3)
+        raise ConfigError(f"lm-evaluation-harness has no task {asked.name!r}{f'; near: {near}' if near else ''}")
+    file = manager.task_index[asked.name].yaml_path
+    config = load_yaml(file, resolve_func=False) if file else {}  # of groups, and of tasks in Python, it says little
+    metrics = [each["metric"] for each in config.get("metric_list") or []]
+    filters = [each["name"] for each in config.get("filter_list") or []]
+    _check_words(asked, asked.name, config.get("output_type"), metrics, filters)
+
+
+def check_task(asked: HarnessTask, folder: str, window: int) -> dict[str, str]:
+    """Refuse what cannot be scored, before hours of work; returns the data sets on the hub, with their revisions.
+
+    Args:
+        asked: a task, a group or a tag of the harness.
+        folder: with tasks of one's own; "": none.
+        window: tokens that the base reads at most.
+
+    Raises:
+        ConfigError: for a name, metric or filter that the harness does not have, for a metric that is no mean over
+            documents, and where the window has no room for answers.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    found = {}
+    for name, task in load_task(asked.name, folder)["tasks"].items():
+        _metric_of(asked, task)
+        if task.OUTPUT_TYPE == "generate_until":
+            room = normalize_gen_kwargs(dict(task.config.generation_kwargs or {})).get("max_gen_toks", ANSWER)
+            if room >= window:
+                raise ConfigError(
+                    f"lm_eval task {name!r} lets a model say {room} tokens, and the base reads {window} at most, "
+                    "prompt and answer; give it a smaller max_gen_toks in a task file of your own (lm_eval_tasks)"
+                )
+        path = task.config.dataset_path or ""
+        if "/" in path and not Path(path).exists():  # else a reader of files, as "json"
+            found[path] = (task.config.dataset_kwargs or {}).get("revision") or "main"
+    return found
+
+
+class Metric(NamedTuple):
+    """The score of a task of the harness: a metric, after which filter of answers, and whether more is better."""
+
+    name: str
+    filter: str
+    higher_is_better: bool
+
+
+def _metric_of(asked: HarnessTask, task: Any) -> Metric:
+    """The metric that is asked for, else the first; ConfigError where it is no mean over documents, or is not there."""
+    from lm_eval.api.registry import AGGREGATION_REGISTRY
+
+    names = {function: name for name, function in AGGREGATION_REGISTRY.items()}
+    known = {metric: names.get(function, "mean") for metric, function in task.aggregation().items()}
+    means = [metric for metric, name in known.items() if name in ("mean", "nanmean")]
+    filters = [each["name"] for each in task.config.filter_list or []] or ["none"]  # the harness's word for no filter
+    _check_words(asked, task.config.task, task.OUTPUT_TYPE, list(known), filters)
+    if not means or (asked.metric and asked.metric not in means):
+        raise ConfigError(
+            f"lm_eval task {task.config.task!r}: {asked.metric or list(known)} is no mean over documents, which "
+            f"intervals need; those that are: {means}"
+        )
+    metric = asked.metric or means[0]
+    return Metric(metric, asked.filter or filters[0], task.higher_is_better().get(metric) is not False)
+
+
+def _check_words(asked: HarnessTask, name: str, output: Any, metrics: list[str], filters: list[str]) -> None:
+    """Refuse what no task of these metrics and filters can be asked for; empty lists are not known."""
+    if output == "loglikelihood_rolling":
+        raise ConfigError(
+            f'lm_eval task {name!r} scores whole texts at once; use task = "wikitext" or "perplexity" of smf, with a '
+            "source of text"
+        )
+    for what, wanted, known in (("metric", asked.metric, metrics), ("filter", asked.filter, filters)):
+        if wanted and known and wanted not in known:
+            raise ConfigError(f"lm_eval task {name!r} has no {what} {wanted!r}; it has {known}")
 
 
 @functools.cache
@@ -177,22 +275,25 @@ def _manager(folder: str) -> Any:
     return TaskManager(include_path=folder or None)
 
 
-def _run(loaded: Any, model: Any, tokenizer: Any, batch_size: int, max_length: int, limit: int = 0) -> Any:
-    """Results of loaded tasks, with every document's sample."""
+def _run(loaded: Any, model: Any, tokenizer: Any, batch_size: int, max_length: int | None, limit: int = 0) -> Any:
+    """Results of loaded tasks, with every document's sample; without a length, in the model's own window."""
     import lm_eval
 
     from .shared_prompts import SharedPromptLM
 
-    longest = getattr(model.config, "max_position_embeddings", None) or max_length
+    if max_length is not None:
+        max_length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
     with _quiet("lm_eval"):
         lm = SharedPromptLM(
             pretrained=model,
             tokenizer=_completed(tokenizer, model),
             batch_size=batch_size,
-            max_length=min(max_length, longest),
+            max_length=max_length,
             prefix_token_id=prefix_id(tokenizer),
             add_bos_token=bool(tokenizer("")["input_ids"]),  # as in training
         )
+    # prompts that are cut are said, but where a recipe's own length cuts them, which loading has looked at
+    with _quiet("lm_eval", logging.ERROR if max_length else logging.WARNING):
         # not simple_evaluate: it also collects the environment, seconds a call, and seeds every generator
         return lm_eval.evaluate(lm, loaded, log_samples=True, bootstrap_iters=0, limit=limit or None)
 
@@ -216,11 +317,11 @@ def _completed(tokenizer: Any, model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def _quiet(name: str, level: int = logging.ERROR) -> Iterator[None]:
     loggers = [logging.getLogger(n) for n in [name, *logging.root.manager.loggerDict] if n.split(".")[0] == name]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(level)
     try:
         yield
     finally:

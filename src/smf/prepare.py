@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .base import check_models, load_tokenizer, positions, resolved_base
 from .data import Example, Loaded, ScoredSet, encode, keep_answered
 from .errors import ConfigError, DataError, refusing
-from .harness import load_task
+from .harness import check_task
 from .recipe import VALIDATION, Asked, Recipe, Source, asked, sources
 from .sources import load_rows, load_texts, place, resolved
 from .tasks import find_task, harness_task, lessons
@@ -21,35 +23,31 @@ def load(recipe: Recipe) -> Loaded:
     """Load and check all that the recipe names, but for the base's weights; raises before hours of work."""
     check_output(Path(recipe.output))
     check_models(recipe)
+    recipe = dataclasses.replace(recipe, revision=resolved_base(recipe) or recipe.revision)
     tokenizer, scored = load_scored(recipe)
     train = load_training(recipe, tokenizer)
-    tested = [scored_set for scored_set in scored.values() if scored_set.role in ("target", "validation")]
-    overlap = {example.id for example in train} & {id for scored_set in tested for id in _ids(scored_set)}
-    if overlap and not recipe.target.recall:
-        raise DataError(
-            f"{len(overlap)} rows are both trained and scored, such as id {min(overlap)!r}; where recall of what was "
-            "read is the question, set recall = true in [target]"
-        )
+    refuse_trained(recipe, train, scored)
     background = [] if recipe.background is None else load_documents(recipe, recipe.background.source)
     healing: list[Example] = []
-    if recipe.heal is not None and any(m.heal or m.kind == "healed" for m in recipe.methods.values()):
+    if recipe.heal is not None and heals(recipe):
         healing = load_text(recipe, recipe.heal.source, tokenizer)
+        refuse_scored("heal", healing, scored)
     replay: list[Example] = []
-    if recipe.replay is not None and any(method.replay for method in recipe.methods.values()):
+    if recipe.replay is not None and replays(recipe):
         texts = load_text(recipe, recipe.replay.source, tokenizer)
+        refuse_scored("replay", texts, scored)
         replay = [dataclasses.replace(text, id=f"replay {text.id}") for text in texts]  # not an example's id
-    texts = {
-        tuple(item.ids)
-        for scored_set in scored.values()
-        if scored_set.role == "probe"
-        for item in scored_set.items
-        if isinstance(item, Example)
-    }
-    for what, examples in (("heal", healing), ("replay", replay)):
-        both = [example.id for example in examples if tuple(example.ids) in texts]
-        if both:
-            raise DataError(f"{len(both)} texts of [{what}] are scored as well, such as number {both[0]}; use [parts]")
-    return Loaded(tokenizer, train, scored, background, healing, replay, revisions(recipe))
+    return Loaded(tokenizer, train, scored, background, healing, replay, revisions(recipe, scored))
+
+
+def heals(recipe: Recipe) -> bool:
+    """Whether some method's memory is healed."""
+    return any(method.heal or method.kind == "healed" for method in recipe.methods.values())
+
+
+def replays(recipe: Recipe) -> bool:
+    """Whether some method trains on general text beside the target's."""
+    return any(method.replay for method in recipe.methods.values())
 
 
 def load_training(recipe: Recipe, tokenizer: Any) -> list[Example]:
@@ -81,7 +79,7 @@ def load_scored(recipe: Recipe) -> tuple[Any, dict[str, ScoredSet]]:
     check_target(recipe)
     tokenizer = load_tokenizer(recipe)
     sets = {name: load_set(recipe, each, tokenizer) for name, each in asked(recipe).items()}
-    _refuse_shared_validation(sets)
+    refuse_shared_validation(sets)
     return tokenizer, sets
 
 
@@ -99,8 +97,28 @@ def check_target(recipe: Recipe) -> None:
         )
 
 
-def _refuse_shared_validation(sets: dict[str, ScoredSet]) -> None:
-    """What learning rates are chosen by must not be what the methods are compared by."""
+def refuse_trained(recipe: Recipe, train: Iterable[Example], scored: Mapping[str, ScoredSet]) -> None:
+    """Refuse rows that are both trained and scored, where recall of them is not the question."""
+    tested = [each for each in scored.values() if each.role in ("target", "validation")]
+    overlap = {example.id for example in train} & {id for each in tested for id in _ids(each)}
+    if overlap and not recipe.target.recall:
+        raise DataError(
+            f"{len(overlap)} rows are both trained and scored, such as id {min(overlap)!r}; where recall of what was "
+            "read is the question, set recall = true in [target]"
+        )
+
+
+def refuse_scored(what: str, texts: Iterable[Example], scored: Mapping[str, ScoredSet]) -> None:
+    """Refuse general text that trains, in the table `what`, and is a probe as well."""
+    probes = [item for each in scored.values() if each.role == "probe" for item in each.items]
+    known = {tuple(item.ids) for item in probes if isinstance(item, Example)}
+    both = [text.id for text in texts if tuple(text.ids) in known]
+    if both:
+        raise DataError(f"{len(both)} texts of [{what}] are scored as well, such as number {both[0]}; use [parts]")
+
+
+def refuse_shared_validation(sets: Mapping[str, ScoredSet]) -> None:
+    """Refuse to choose learning rates by what the methods are compared by."""
     if VALIDATION in sets:
         tested = {id for scored in sets.values() if scored.role == "target" for id in _ids(scored)}
         shared = _ids(sets[VALIDATION]) & tested
@@ -120,15 +138,14 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     role, name, source = wanted.role, wanted.task, wanted.source
     task, where, length = find_task(name), place(source, recipe.data), recipe.train.max_length
     if task.KIND == "harness":
-        known = harness_task.parse(name, source.limit)
-        load_task(known.name, recipe.lm_eval_tasks)  # raises where there is none, or where its documents are not
-        return ScoredSet(role, name, [known])
+        known = harness_task.parse(name, source.limit, source.first)
+        return ScoredSet(role, name, [known], hub=check_task(known, recipe.lm_eval_tasks, positions(recipe)))
+    longest = positions(recipe)
+    if wanted.window > longest:
+        raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
+    room = wanted.window or min(getattr(task, "WINDOW", length), longest)
     if task.KIND == "text":
         rows = load_texts(source, recipe.data, recipe.parts)
-        longest = positions(recipe)
-        if wanted.window > longest:
-            raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
-        room = wanted.window or min(getattr(task, "WINDOW", length), longest)
         with refusing(DataError, where):
             pages = task.pages(rows, source.column, tokenizer, room) if hasattr(task, "pages") else []
             made = _some(task.examples(rows, source.column, tokenizer, room), where, source)
@@ -139,8 +156,8 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     rows = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
     if task.KIND == "response":
         with refusing(DataError, where):
-            made = task.examples(rows, where, tokenizer, length)
-        return ScoredSet(role, name, keep_answered(made, where, recipe.train.too_long, length), source.cluster)
+            made = task.examples(rows, where, tokenizer, room)
+        return ScoredSet(role, name, keep_answered(made, where, recipe.train.too_long, room), source.cluster)
     with refusing(DataError, where):
         questions = [(task.item(row, *([source.form] if source.form else [])), row) for row in task.select(rows, where)]
         answered = [
@@ -176,11 +193,17 @@ def load_documents(recipe: Recipe, source: Source) -> list[str]:
     return [row[source.column] for row in rows if row[source.column].strip()]
 
 
-def revisions(recipe: Recipe) -> dict[str, str]:
-    """The commit hashes that the recipe's revisions on the hub stand for now, by the names of the repositories."""
-    found = {} if recipe.data != "hub" else {s.hub: resolved(s.hub, s.revision) for s in sources(recipe).values()}
+def revisions(recipe: Recipe, scored: Mapping[str, ScoredSet]) -> dict[str, str]:
+    """The commit hashes of what was loaded from the hub, by name; of a data set at several revisions, by both."""
+    used = {(s.hub, s.revision) for s in sources(recipe).values()} if recipe.data == "hub" else set()
+    names = Counter(name for name, _ in used)
+    found = {name if names[name] == 1 else f"{name}@{revision}": resolved(name, revision) for name, revision in used}
+    for each in scored.values():
+        for name, revision in each.hub.items():
+            with contextlib.suppress(DataError):  # offline, the harness reads a cache that may not know of commits
+                found[name] = resolved(name, revision)
     base = resolved_base(recipe)
-    return found | ({recipe.base: base} if base else {})
+    return dict(sorted(found.items())) | ({recipe.base: base} if base else {})
 
 
 def check_output(folder: Path) -> None:

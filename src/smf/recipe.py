@@ -32,11 +32,13 @@ class Source:
     min_chars: int = 0
     """Use only the rows whose text has so many characters."""
     sample: int = 0
-    """Of these rows use so many, drawn by the hash of their text: the same wherever a file is read; 0: all."""
+    """Of these rows use so many different ones, drawn by the hash of their text wherever in a file they are; 0: all."""
     limit: int = 0
     """Use the first of these rows only; 0: all."""
     part: str = ""
     """Of the first rows, use those that the hash of their text puts into this part of [parts]."""
+    first: int = 0
+    """Of what is left, use the first so many; 0: all."""
     task: str = ""
     """In target.eval: score this set with another task than the target's."""
     form: str = ""
@@ -122,7 +124,8 @@ class Probe:
     source: Source = field(default_factory=Source)
     """Rows to score on."""
     window: int = 0
-    """Tokens of a window of plain text; 0: max_length of [train]; of `wikitext`, 1024 or as many as the base reads."""
+    """Tokens of a window of plain text, or of a response with its prompt; 0: max_length of [train]; of `wikitext` and
+    `gsm8k_loss`, 1024 or as many as the base reads."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +288,7 @@ LATER = {
     "where": {},
     "min_chars": 0,
     "sample": 0,
+    "first": 0,
     "task": "",
     "form": "",
     "window": 0,
@@ -316,7 +320,7 @@ class Asked:
         role: "target", "validation" or "probe".
         task: name of its task.
         source: its rows.
-        window: tokens of a window of plain text; 0: the task's own.
+        window: tokens of a window of plain text, or of a response with its prompt; 0: the task's own.
     """
 
     table: str
@@ -356,10 +360,10 @@ def shortened(recipe: Recipe, steps: int) -> Recipe:
 
 
 def limited(recipe: Recipe, rows: int) -> Recipe:
-    """The recipe with every scored set cut to its first rows; 0: all of them."""
+    """The recipe with every scored set cut to its first rows; 0: with all of them, whatever its limits."""
 
     def cut(source: Source) -> Source:
-        return replace(source, limit=rows)
+        return replace(source, first=rows) if rows else replace(source, first=0, limit=0)
 
     target, probes = recipe.target, recipe.probes
     target = replace(

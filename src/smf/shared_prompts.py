@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ class SharedPromptLM(Base):
 
     The choices of a question differ in their last tokens only. The prompt is read once, its keys and values are handed
     to all choices, and logits are made of the choices alone. Questions of like length go together. What shares its
-    prompt with no other continuation, or is too long for the model, HFLM itself scores.
+    prompt with no other continuation, or is too long for the model, HFLM itself scores; so it does where a model keeps
+    more of a prompt than keys and values (linear attention, state spaces).
     """
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
@@ -48,6 +49,8 @@ class SharedPromptLM(Base):
             for batch in _batches(groups, int(override_bs or self.batch_size)):
                 places = [place for group in batch for place in group]
                 scores = self._score([[requests[place] for place in group] for group in batch])
+                if scores is None:
+                    break
                 for place, score in zip(places, scores, strict=True):
                     found[place] = score
                     self.cache_hook.add_partial("loglikelihood", requests[place][0], score)
@@ -60,7 +63,7 @@ class SharedPromptLM(Base):
 
     def _groups(self, requests: Sequence[Request]) -> list[list[int]]:
         """Places of the requests that share a prompt and fit the model; those of like length are neighbours."""
-        if self.backend != "causal" or self.batch_size == "auto":
+        if self.backend != "causal" or self.batch_size == "auto" or "past_key_values" not in self._known():
             return []
         by_prompt: dict[tuple[int, ...], list[int]] = {}
         for place, (_, prompt, _) in enumerate(requests):
@@ -74,8 +77,8 @@ class SharedPromptLM(Base):
         return [places for *_, places in sorted(shared, reverse=True)]
 
     @torch.no_grad()
-    def _score(self, questions: Sequence[Sequence[Request]]) -> list[tuple[float, bool]]:
-        """Scores of all continuations C of the questions Q, question by question."""
+    def _score(self, questions: Sequence[Sequence[Request]]) -> list[tuple[float, bool]] | None:
+        """Scores of all continuations C of the questions Q, by question; None where none can share its prompt."""
         prompts = [torch.tensor(question[0][1]) for question in questions]
         continuations = [torch.tensor(request[2]) for question in questions for request in question]
         owner_C = torch.tensor([q for q, question in enumerate(questions) for _ in question], device=self.device)
@@ -84,6 +87,8 @@ class SharedPromptLM(Base):
         lengths_Q = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         mask_QP = torch.arange(ids_QP.shape[1], 0, -1, device=self.device) <= lengths_Q[:, None]
         read = self._forward(ids_QP, mask_QP, (mask_QP.cumsum(-1) - 1).clamp(min=0), last_only=True)
+        if not _keys_and_values_alone(getattr(read, "past_key_values", None)):
+            return None
         next_CS = pad_sequence(continuations, batch_first=True, padding_value=-1).to(self.device)
         scores_C, greedy_C = self._compare(read.logits[owner_C, -1:], next_CS[:, :1])
         longer_R = (next_CS[:, 1:2] >= 0).any(-1).nonzero()[:, 0]  # continuations of more than one token
@@ -106,11 +111,15 @@ class SharedPromptLM(Base):
         sums_C = log_p_L.new_zeros(here_CS.shape).masked_scatter(here_CS, log_p_L).sum(-1)
         return sums_C, torch.ones_like(here_CS).masked_scatter(here_CS, logits_LV.argmax(-1) == next_L).all(-1)
 
+    def _known(self) -> Mapping[str, Any]:
+        """What the model's forward takes."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return inspect.signature(model.forward).parameters
+
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None, last_only: bool = False) -> Any:
         """The model on `ids`; its forward takes what it knows of positions and of which logits are wanted."""
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         wanted = {"position_ids": positions} | ({"logits_to_keep": 1} if last_only else {})
-        known = inspect.signature(model.forward).parameters
+        known = self._known()
         options = {name: value for name, value in wanted.items() if name in known}
         device_type, dtype = self.device.type, self.mixed_precision_dtype
         with torch.autocast(device_type=device_type, dtype=dtype, enabled=dtype is not None):
@@ -119,14 +128,22 @@ class SharedPromptLM(Base):
             )
 
 
+def _keys_and_values_alone(cache: Any) -> bool:
+    """Whether the rows of a cache can be picked: keys and values can, the states of linear attention cannot."""
+    layers = getattr(cache, "layers", [])
+    picked = [hasattr(layer, "batch_select_indices") and not hasattr(layer, "conv_states") for layer in layers]
+    return bool(picked) and all(picked)
+
+
 def _batches(groups: Sequence[list[int]], size: int) -> list[list[list[int]]]:
-    """Neighbouring groups together, as long as they have at most `size` members; larger groups alone."""
+    """Neighbouring groups together, `size` members at most; the prompt of a larger group is read once for each part."""
     batches: list[list[list[int]]] = []
     count = size
-    for group in groups:
-        if count + len(group) > size:
-            batches.append([])
-            count = 0
-        batches[-1].append(group)
-        count += len(group)
+    for whole in groups:
+        for group in (whole[i : i + size] for i in range(0, len(whole), size)):
+            if count + len(group) > size:
+                batches.append([])
+                count = 0
+            batches[-1].append(group)
+            count += len(group)
     return batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import gzip
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 from . import world
 from .data import Row, numbered
-from .errors import DataError, refusing
+from .errors import DataError, HubError, refusing
 from .fingerprint import hashed, part_of
 from .recipe import Source
 
+CACHE = "the hub's cache"  # in place of "hub": only what lies on this machine already
 READERS = {".parquet": "parquet", ".csv": "csv"}  # by suffix; everything else is read as JSON lines
 NESTED = 500  # brackets within brackets; pyarrow's JSON parser ends the process at some ten thousand
 NOT_STRUCTURE = bytes({*range(256)} - {*b'[]{}"'})
@@ -24,12 +26,13 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
 
     Args:
         source: which file or data set, and which of its rows.
-        data: the folder that `source.path` is below, "hub" or "world".
+        data: the folder that `source.path` is below, "hub", CACHE or "world".
         parts: shares by name, for `source.part`.
         need: columns that every row must have.
 
     Raises:
         DataError: naming file, column or row.
+        HubError: for what hub or cache do not give.
     """
     where = place(source, data)
     with refusing(DataError, where):
@@ -53,13 +56,16 @@ def _chosen(source: Source, data: str, parts: Mapping[str, float], need: Sequenc
     if source.min_chars:
         chosen = [row for row in chosen if len(str(row[source.column] or "")) >= source.min_chars]
     if source.sample:
-        by_hash = sorted(chosen, key=lambda row: hashed("sample", row[source.column]))
+        different = {repr(row): row for row in reversed(chosen)}.values()  # of equal rows the first
+        by_hash = sorted(different, key=lambda row: (hashed("sample", row[source.column]), row.number))
         chosen = sorted(by_hash[: source.sample], key=lambda row: row.number)
     if source.limit:
         chosen = chosen[: source.limit]
     if source.part:
         # salted, since a file may be sorted by the plain hash of its texts, and its first rows all be of one part
         chosen = [row for row in chosen if part_of(f"part\n{str(row[source.column]).strip()}", parts) == source.part]
+    if source.first:
+        chosen = chosen[: source.first]
     if not chosen:
         raise DataError(_nothing_left(source, where, everything, rows))
     return chosen
@@ -97,7 +103,7 @@ def place(source: Source, data: str) -> str:
     """What messages call a source."""
     if data == "world":
         return f"the embedded world's {source.path!r}"
-    return f"{source.hub} ({source.split})" if data == "hub" else str(Path(data) / source.path)
+    return f"{source.hub} ({source.split})" if data in ("hub", CACHE) else str(Path(data) / source.path)
 
 
 def _read(source: Source, data: str) -> Any:
@@ -105,8 +111,8 @@ def _read(source: Source, data: str) -> Any:
 
     if data == "world":
         return datasets.Dataset.from_list(world.rows(source.path))
-    if data == "hub":
-        return _from_hub(source)
+    if data in ("hub", CACHE):
+        return _from_hub(source, data)
     file = Path(data) / source.path
     if not source.path:
         raise DataError(f"a source of the recipe names no path below --data {data!r}")
@@ -138,7 +144,7 @@ def _check_nesting(file: Path) -> None:
                 raise DataError(f"{file}, line {number}: more than {NESTED} brackets are open, or do not match")
 
 
-def _from_hub(source: Source) -> Any:
+def _from_hub(source: Source, data: str) -> Any:
     import datasets
     from huggingface_hub import constants, snapshot_download
 
@@ -146,17 +152,19 @@ def _from_hub(source: Source) -> Any:
         raise DataError(f"the source {source.path!r} names no hub data set; give --data a folder that has the file")
     config = source.config or None
     try:
-        if constants.HF_HUB_OFFLINE:  # from the files of the hub's cache, which load_dataset itself does not look at
+        if data == CACHE or constants.HF_HUB_OFFLINE:  # files of the hub's cache, which load_dataset does not look at
             folder = snapshot_download(source.hub, repo_type="dataset", revision=source.revision, local_files_only=True)
             return datasets.load_dataset(folder, config, split=source.split)
-        return datasets.load_dataset(source.hub, config, split=source.split, revision=source.revision)
+        commit = resolved(source.hub, source.revision)
+        return datasets.load_dataset(source.hub, config, split=source.split, revision=commit)
     except Exception as error:  # no network, no such data set, split or revision: many classes
-        raise DataError(
+        raise HubError(
             f"the hub data set {source.hub} ({source.split}, revision {source.revision}) cannot be loaded: {error}. "
             "Without the hub, give --data a folder"
         ) from error
 
 
+@functools.cache  # a branch may move: what is loaded and what is recorded must be one commit
 def resolved(name: str, revision: str, kind: str = "dataset") -> str:
     """The commit hash that a revision of a hub repository stands for now; offline, in the hub's cache.
 

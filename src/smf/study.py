@@ -228,8 +228,8 @@ def measures(base: dict[str, Any], target_metrics: Sequence[str]) -> list[Measur
             metric = find_task(score["task"]).METRICS[0]
             losses.append(_measure(name, metric, "forgetting"))
             before = score["metrics"][metric]
-            if metric in RATIOS or before > 0:
-                shares.append((name, metric, 1.0 if metric in RATIOS else -1 / before))
+            if metric in RATIOS or abs(before) > 0:  # a score that is better when lower stands there as its negative
+                shares.append((name, metric, 1.0 if metric in RATIOS else -1 / abs(before)))
     overall = []
     if len(shares) > 1:
         parts = tuple((name, metric, weight / len(shares)) for name, metric, weight in shares)

@@ -9,7 +9,7 @@ import platform
 import resource
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,13 @@ def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded
 
 
 def _score(prepared: methods.Prepared, recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
-    base = load_base(recipe) if recipe.divergence else None
+    base = _base(recipe, loaded) if recipe.divergence else None
     return score(prepared.model, loaded.tokenizer, recipe, loaded.scored, base)
+
+
+def _base(recipe: Recipe, loaded: Loaded) -> Any:
+    """The base at the commit that was resolved before anything ran, wherever its branch is now."""
+    return load_base(replace(recipe, revision=loaded.revisions.get(recipe.base, recipe.revision)))
 
 
 def without_questions(scores: dict[str, Any]) -> dict[str, Any]:
@@ -138,23 +143,23 @@ def _prepare(recipe: Recipe, name: str, loaded: Loaded, folder: Path) -> tuple[m
     method = recipe.methods[name]
     make = methods.find_method(method.kind)
     if method.kind not in methods.WITH_MEMORY:
-        return make(load_base(recipe), method, recipe, loaded), 0.0
+        return make(_base(recipe, loaded), method, recipe, loaded), 0.0
     if not method.heal and method.kind != "healed":
-        return make(methods.attach(load_base(recipe), method, recipe), method, recipe, loaded), 0.0
+        return make(methods.attach(_base(recipe, loaded), method, recipe), method, recipe, loaded), 0.0
     # methods with the same memory share its healing, but for torchrun, whose ranks must agree whether it is there
     healed = (folder if "RANK" in os.environ else folder.parent) / f"healed-{recipe.healing_id(method)}"
     healed.mkdir(parents=True, exist_ok=True)
     with FileLock(healed / LOCK) if is_main() else contextlib.nullcontext():
         if not (healed / COMPLETE).is_file():
             _heal(recipe, name, loaded, healed)
-    model = PeftModel.from_pretrained(load_base(recipe), healed, is_trainable=True)
+    model = PeftModel.from_pretrained(_base(recipe, loaded), healed, is_trainable=True)
     return make(model, method, recipe, loaded), json.loads((healed / COMPLETE).read_text())["seconds"]
 
 
 def _heal(recipe: Recipe, name: str, loaded: Loaded, healed: Path) -> None:
     """Train the whole memory on general text, into a folder of its own."""
     assert recipe.heal is not None
-    prepared = methods.healing(methods.attach(load_base(recipe), recipe.methods[name], recipe), recipe)
+    prepared = methods.healing(methods.attach(_base(recipe, loaded), recipe.methods[name], recipe), recipe)
     steps = steps_of(recipe.heal.steps, recipe.heal.epochs, len(loaded.healing), recipe.train.batch_size)
     examples = in_order(loaded.healing, steps * recipe.train.batch_size, recipe.seed)
     title, tokenizer = f"{name}, healing", loaded.tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import string
@@ -61,12 +62,9 @@ def _answers(row: Mapping[str, Any], where: str) -> list[str]:
     column = next((column for column in ANSWERS if row.get(column) is not None), None)
     if column is None:
         raise DataError(f"{where}: no column holds answers; expected one of {ANSWERS}, there are {list(row)}")
-    texts, expected = row[column], "a text, or a list of one text or more"
+    texts, expected = _cell(row[column]), "a text, or a list of one text or more"
     if column == "possible_answers" and isinstance(texts, str):
-        try:
-            texts = json.loads(texts)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: column {column!r} is not JSON ({texts!r})") from error
+        raise DataError(f"{where}: column {column!r} is not JSON ({texts!r})")
     if isinstance(texts, Mapping):
         aliases, expected = texts.get("aliases") or [], "a table with a value and a list of aliases"
         texts = [texts.get("value"), *aliases] if isinstance(aliases, list) else None
@@ -74,8 +72,16 @@ def _answers(row: Mapping[str, Any], where: str) -> list[str]:
         texts = [texts]
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise DataError(f"{where}: {column} = {row[column]!r}; expected {expected}")
-    first = row.get("answer")
+    first = _cell(row.get("answer"))
     return list(dict.fromkeys([first, *texts] if isinstance(first, str) and first.strip() else texts))
+
+
+def _cell(value: Any) -> Any:
+    """What a cell holds: of a text that is a list of texts in JSON, as in CSV files, the list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def item(row: Mapping[str, Any]) -> dict[str, Any]:

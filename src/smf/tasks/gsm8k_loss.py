@@ -12,6 +12,7 @@ from . import responses
 KIND = "response"
 COLUMNS = ("question", "answer")
 METRICS = ("loss", "perplexity")
+WINDOW = 1024  # tokens, where the base reads as many: solutions are scored whole, however short training's examples are
 
 
 def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_length: int) -> list[Example]:

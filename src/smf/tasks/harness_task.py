@@ -1,4 +1,5 @@
-"""Any task that lm-evaluation-harness knows, by its name: "lm_eval:arc_easy", or "lm_eval:arc_easy:acc_norm"."""
+"""Any task that lm-evaluation-harness knows: "lm_eval:arc_easy", "lm_eval:arc_easy:acc_norm" for a metric of it, and
+"lm_eval:gsm8k:exact_match,flexible-extract" for a metric after one of its filters, as the harness writes them."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ class HarnessTask(NamedTuple):
 
     name: str
     metric: str  # "": the task's first
+    filter: str = ""  # "": the task's first
     limit: int = 0  # first documents of each subtask; 0: all
 
 
-def parse(task: str, limit: int) -> HarnessTask:
-    """What "lm_eval:NAME:METRIC" asks for."""
-    name, _, metric = task.removeprefix(PREFIX).partition(":")
-    return HarnessTask(name, metric, limit)
+def parse(task: str, *limits: int) -> HarnessTask:
+    """What "lm_eval:NAME:METRIC,FILTER" asks for, of as many documents as the smallest limit above 0 says."""
+    name, _, score = task.removeprefix(PREFIX).partition(":")
+    metric, _, chosen = score.partition(",")
+    return HarnessTask(name, metric, chosen, min(filter(None, limits), default=0))

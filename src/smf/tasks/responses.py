@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data import Example, encode, numbered
+from jinja2 import TemplateError
+
+from ..data import Example, encode, numbered, shared_start
 from ..errors import DataError
 from ..fingerprint import json_hash
 
@@ -77,7 +79,13 @@ def _conversation(id: str, messages: Messages, where: str, tokenizer: Any, max_l
         )
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where}: no message has the role 'assistant', so there is nothing to learn")
-    ids, learned = _marked(messages, tokenizer) or _by_prefixes(messages, where, tokenizer)
+    try:
+        ids, learned = _marked(messages, tokenizer) or _by_prefixes(messages, where, tokenizer)
+    except TemplateError as error:
+        raise DataError(
+            f"{where}: the base's chat template refuses this conversation: {error}. Its roles are "
+            f"{[message['role'] for message in messages]}; change such rows or leave them out"
+        ) from error
     if not any(learned):
         raise DataError(f"{where}: the chat template leaves the assistant's messages out")
     start = learned.index(True)
@@ -100,7 +108,7 @@ def _by_prefixes(messages: Messages, where: str, tokenizer: Any) -> tuple[list[i
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered(messages[:number], tokenizer, add_generation_prompt=True)
+        before = _before(messages, number, tokenizer)
         after = _rendered(messages[: number + 1], tokenizer)
         if ids[: len(before)] != before or ids[: len(after)] != after:
             raise DataError(
@@ -112,7 +120,16 @@ def _by_prefixes(messages: Messages, where: str, tokenizer: Any) -> tuple[list[i
     return ids, learned
 
 
+def _before(messages: Messages, number: int, tokenizer: Any) -> list[int]:
+    """Tokens of the conversation up to where what a message says begins."""
+    if number:
+        return _rendered(messages[:number], tokenizer, add_generation_prompt=True)
+    # templates need a message, and may put a system prompt of their own before it: what it begins with whatever it says
+    said = messages[0]["content"]
+    ids = _rendered(messages[:1], tokenizer)
+    other = _rendered([messages[0] | {"content": "1" if said.lstrip().startswith("0") else "0"}], tokenizer)
+    return ids[: shared_start(ids, other)]
+
+
 def _rendered(messages: Messages, tokenizer: Any, **options: Any) -> list[int]:
-    if not messages:
-        return []
     return list(tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"])

@@ -1,0 +1,86 @@
+"""A dry run says what loading would refuse, and what each set is scored by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from smf.dry_run import Plan, Trained, _gigabytes, _skeleton, dry_run
+from smf.errors import SmfError
+from smf.prepare import load
+from smf.recipe_file import load_recipe
+from tiny import make_world, write_lines
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def plan_of(world: Path, *settings: str) -> Plan:
+    return dry_run(load_recipe(world, settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (['target.eval.exam.path="train.jsonl"'], "40 rows are both trained and scored"),
+        (['target.validation.path="eval.jsonl"'], "12 validation rows are in target.eval too"),
+        (['heal.source.part="probe"'], "texts of [heal] are scored as well"),
+        (['replay={source={path="stories.jsonl", part="probe"}}', "methods.lora.replay=0.5"], "texts of [replay]"),
+    ],
+)
+def test_overlaps_that_loading_refuses_are_problems(world: Path, settings: list[str], said: str):
+    (problem,) = plan_of(world, *settings).problems
+    assert said in problem
+    with pytest.raises(SmfError) as raised:
+        load(load_recipe(world, settings))
+    assert str(raised.value) == problem
+
+
+def test_text_that_no_method_trains_on_may_be_scored(world: Path):
+    plan = plan_of(world, 'replay={source={path="stories.jsonl", part="probe"}}')
+    assert plan.problems == [] and plan.unchecked == []
+
+
+def test_tasks_of_the_harness_are_looked_up_and_what_sets_are_scored_by_is_shown(world: Path, tmp_path: Path):
+    write_lines(tmp_path / "rows.jsonl", [{"q": "word1"}])
+    (tmp_path / "own.yaml").write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/rows.jsonl}}\ntest_split: train\n"
+        "output_type: multiple_choice\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    names = {"one": "own:acc_norm", "two": "own:acc_nrom", "three": "owm", "four": "wikitext"}
+    probes = [f'probes.{name}.task="lm_eval:{task}"' for name, task in names.items()]
+    plan = plan_of(world, f'lm_eval_tasks="{tmp_path}"', *probes)
+    two, three, four = plan.problems
+    assert "'own' has no metric 'acc_nrom'; it has ['acc', 'acc_norm']" in two
+    assert "no task 'owm'; near: [" in three and "'own'" in three and "'wikitext' scores whole texts at once" in four
+    shown = {table: scores for table, *_, scores in plan.sets}
+    assert shown["target.eval.exam"] == "acc, answer_norm, letter, loss" and shown["probes.one.source"] == "acc_norm"
+    assert shown["target.train"] == "" and len(plan.unchecked) == len(names)
+
+
+def test_memory_is_that_of_the_most_of_training_healing_and_scoring(world: Path):
+    """The base's is scoring alone: 160 words in float32, of a batch and of a slice."""
+
+    def memory(name: str, *settings: str) -> float:
+        return next(float(row[-1]) for row in plan_of(world, *settings).methods if row[0] == name)
+
+    big = "eval_batch_size=4000000"  # sequences of 64 to 80 tokens
+    expected = 4_000_000 * 80 * 160 * 4 / 2**30
+    longest = 'probes.stories.source={path="stories.jsonl"}'
+    assert memory("base") == 0 and memory("base", big, longest, "train.max_length=80") == pytest.approx(
+        expected, rel=0.01
+    )
+    assert memory("base", big, longest, "train.max_length=80", "divergence=2") == pytest.approx(2 * expected, rel=0.01)
+    settings = ["train.micro_batch_size=4000000", "train.batch_size=4000000"]
+    assert memory("smf-healed", *settings) == memory("smf", *settings) > memory("base", *settings) == 0
+    recipe = load_recipe(world)
+    model = _skeleton(recipe)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    table = Trained(numbers=0, added=2**28)  # what healing trains, and the method after it does not
+    healed, plain = (_gigabytes(recipe, recipe.methods[name], model, table, 64) for name in ("smf-healed", "smf"))
+    assert plain == pytest.approx(1 + size * 4 / 2**30, abs=0.1) and healed - plain == pytest.approx(3, abs=0.1)
+    (tokens,) = [tokens for table, _, _, tokens, _ in plan_of(world).sets if table == "background.source"]
+    assert tokens.endswith("each")
