@@ -19,7 +19,6 @@ from smf.base import load_base
 from smf.cli import main
 from smf.compare import result_path
 from smf.errors import ConfigError, DataError, PatchError, SmfError
-from smf.loop import newest_complete
 from smf.methods import attach
 from smf.prepare import check_output, load
 from smf.recipe_file import load_recipe
@@ -227,14 +226,6 @@ def test_killed_training_goes_on_bit_for_bit(own_world: Path, tmp_path: Path):
         assert_equal(a, b, file)
     adapter = f"{last}/adapter_model.safetensors"
     assert (calm / adapter).read_bytes() == (killed / adapter).read_bytes()
-
-
-def test_half_written_checkpoint_is_not_resumed_from(tmp_path: Path):
-    for step in (2, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-2" / "smf_complete.json").write_text("{}")
-    assert newest_complete(tmp_path, tidy=True) == tmp_path / "checkpoint-2"
-    assert not (tmp_path / "checkpoint-4").exists()
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from .checkpoints import newest_complete, read_manifest, seal, step_of
 from .data import Collator, Example, pad_id
 from .errors import ConfigError
 from .evaluate import token_loss
 from .files import write_atomically, write_json
 from .methods import Prepared
 from .optimizer import SparseMemoryOptimizer
+from .ranks import mean_
 from .recipe import Recipe
-
-COMPLETE = "smf_complete.json"  # written into a checkpoint after everything else: what has it can be resumed from
 
 
 def mean_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -52,7 +51,7 @@ class ScoreOnTheWay(TrainerCallback):
 
 
 class RunTrainer(Trainer):
-    """Trainer that marks a checkpoint as complete once everything is in it, with the seconds it took to get there."""
+    """Trainer that seals a checkpoint once everything is in it, with what Trainer's own state lacks."""
 
     on_the_way = ScoreOnTheWay({}, dict)
     seconds_before = 0.0  # of killed processes
@@ -64,26 +63,28 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        loss, logged_at = self._tr_loss.clone(), self._globalstep_last_logged
+        mean_(loss)  # over the ranks, as Trainer logs it
         if self.args.should_save:
             folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-            write_json(folder / COMPLETE, {"step": self.state.global_step, "seconds": self.seconds()})
+            seal(folder, step=self.state.global_step, seconds=self.seconds(), loss=loss.item(), logged_at=logged_at)
+
+
+class LossGoesOn(TrainerCallback):
+    """Gives a resumed Trainer the losses that it had added up but not logged yet, so that its next log is the same."""
+
+    def __init__(self, trainer: RunTrainer, manifest: dict[str, Any]):
+        self.trainer, self.manifest = trainer, manifest
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Trainer has just set both to nothing."""
+        self.trainer._tr_loss += self.manifest["loss"]
+        self.trainer._globalstep_last_logged = self.manifest["logged_at"]
 
 
 def is_main() -> bool:
     """Whether this process is the one that writes (torchrun starts several)."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def newest_complete(folder: Path, *, tidy: bool) -> Path | None:
-    """The newest complete checkpoint; half-written ones, as a crash leaves them, are removed with `tidy`."""
-    complete = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / COMPLETE).is_file():
-            complete.append(checkpoint)
-        elif tidy:
-            print(f"smf: {checkpoint} was not written to its end; set aside", file=sys.stderr)
-            shutil.rmtree(checkpoint)
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def _step(line: str) -> float:
@@ -154,7 +155,7 @@ def fit(
     checkpoint = newest_complete(folder / "checkpoints", tidy=is_main())
     if checkpoint is not None:
         print(f"smf: {name}: resuming from {checkpoint}", file=sys.stderr)
-    done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    done = step_of(checkpoint) if checkpoint else 0
     trainer = RunTrainer(
         model=prepared.model,
         args=arguments,
@@ -168,7 +169,9 @@ def fit(
         trainer.on_the_way = on_the_way
         trainer.add_callback(on_the_way)
     if checkpoint is not None:
-        trainer.seconds_before = json.loads((checkpoint / COMPLETE).read_text())["seconds"]
+        manifest = read_manifest(checkpoint)
+        trainer.seconds_before = manifest["seconds"]
+        trainer.add_callback(LossGoesOn(trainer, manifest))
     trainer.started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.seconds()

@@ -21,12 +21,13 @@ from transformers import set_seed
 
 from . import methods
 from .base import load_base
+from .checkpoints import MANIFEST, read_manifest
 from .data import Loaded, in_order, with_replay
 from .errors import ConfigError
 from .evaluate import score
 from .files import write_atomically, write_json
 from .jobs import LOCK
-from .loop import COMPLETE, ScoreOnTheWay, fit, is_main, steps_of
+from .loop import ScoreOnTheWay, fit, is_main, steps_of
 from .patch_file import load_patch
 from .prepare import load, load_scored
 from .recipe import Recipe
@@ -145,10 +146,10 @@ def _prepare(recipe: Recipe, name: str, loaded: Loaded, folder: Path) -> tuple[m
     healed = (folder if "RANK" in os.environ else folder.parent) / f"healed-{recipe.healing_id(method)}"
     healed.mkdir(parents=True, exist_ok=True)
     with FileLock(healed / LOCK) if is_main() else contextlib.nullcontext():
-        if not (healed / COMPLETE).is_file():
+        if not (healed / MANIFEST).is_file():
             _heal(recipe, name, loaded, healed)
     model = PeftModel.from_pretrained(load_base(recipe), healed, is_trainable=True)
-    return make(model, method, recipe, loaded), json.loads((healed / COMPLETE).read_text())["seconds"]
+    return make(model, method, recipe, loaded), read_manifest(healed)["seconds"]
 
 
 def _heal(recipe: Recipe, name: str, loaded: Loaded, healed: Path) -> None:
@@ -161,7 +162,7 @@ def _heal(recipe: Recipe, name: str, loaded: Loaded, healed: Path) -> None:
     seconds = fit(prepared, examples, recipe, healed, tokenizer, steps=steps, loss="full", name=title)
     if is_main():
         prepared.save(healed)
-        write_json(healed / COMPLETE, {"seconds": seconds})
+        write_json(healed / MANIFEST, {"seconds": seconds})
         shutil.rmtree(healed / "checkpoints", ignore_errors=True)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
