@@ -12,12 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+PART = ".part"  # ends the names of temporary files
+
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write to a temporary file beside `path`, flush it to disk, then rename it over `path`."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -28,6 +30,12 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes had begun to write below a folder that no other process writes into."""
+    for part in folder.rglob(f".*{PART}"):
+        part.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

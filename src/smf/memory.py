@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -333,6 +333,11 @@ class ProductKeyMemory:
     def belongs_to(self, consumer: Any) -> bool:
         """Whether `consumer` is the last one that was attached."""
         return self._consumer is not None and self._consumer() is consumer
+
+    @property
+    def pending(self) -> Sequence[Factors]:
+        """What `take` would return, which stays."""
+        return self._pending
 
     def take(self) -> list[Factors]:
         """The factors since the last `take` or `drop`, one entry a backward pass."""
