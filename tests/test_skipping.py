@@ -166,6 +166,16 @@ def test_too_many_such_steps_end_the_training_and_it_can_go_on(
         assert (folder / file).read_bytes() == (other / file).read_bytes(), file
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_has_diverged_is_said_and_not_skipped_nor_finished(world: Path, tmp_path: Path, steps: int):
+    """Whether there is a step after the update that spoilt it or not."""
+    recipe = load_recipe(world, ["methods.smf.lr=1e42", f"train.steps={steps}"], output=str(tmp_path / "runs"))
+    with pytest.raises(TrainingError, match="not finite after step 1: the training has diverged"):
+        run_method(recipe, "smf")
+    assert not result_path(recipe, "smf").exists()
+    assert not result_path(recipe, "smf").with_name(SKIPPED).exists()
+
+
 def test_the_key_leaves_the_names_of_runs(world: Path):
     recipe = load_recipe(world)
     assert recipe.train.max_skipped == 3

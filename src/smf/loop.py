@@ -165,7 +165,8 @@ def fit(
         places: numbers of the examples by their ids, where the optimizer keeps provenance.
 
     Raises:
-        TrainingError: where more steps than `train.max_skipped` have a loss or gradient that is not finite.
+        TrainingError: where more steps than `train.max_skipped` have a loss or gradient that is not finite, or what
+            trains is not finite itself.
         Stopped: where SIGTERM came, after a checkpoint.
     """
     assert prepared.optimizer is not None
@@ -199,6 +200,7 @@ def fit(
     if stop.came:
         done = trainer.state.global_step
         raise Stopped(f"{name}: stopped by SIGTERM after step {done} of {steps}; the same command goes on from there")
+    skipping.refuse_diverged(steps)
     return Fitted(trainer.seconds(), len(skipping.steps))
 
 

@@ -72,7 +72,18 @@ class Skipping(TrainerCallback):
             return
         self.optimizer.zero_grad()  # of a memory, what the backward passes left as well
         optimizer.gradient_state._set_sync_gradients(False)  # in the midst of accumulating, Accelerate does not step
+        self.refuse_diverged(state.global_step)  # no batch is to blame, and every step would be skipped
         self._note(state.global_step, "gradient" if loss_is else "loss")
+
+    def refuse_diverged(self, done: int) -> None:
+        """Raise where a number that trains is not finite after `done` steps: the rate was too high for an update."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if isinstance(self.optimizer, SparseMemoryOptimizer):
+            trained += [memory.values for memory in self.optimizer.memories.values()]
+        if not _finite([tensor.detach() for tensor in trained]):
+            raise TrainingError(
+                f"what trains is not finite after step {done}: the training has diverged. Lower the learning rate"
+            )
 
     def _gradients(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
