@@ -196,7 +196,7 @@ def try_run(own: Recipe, name: str, monkeypatch: pytest.MonkeyPatch, error: Exce
     """One run as a process of its own does it, which leaves with an error or with nothing; returns its folder."""
     folder = smf.compare.result_path(own, name).parent
 
-    def run_method(*_: object) -> None:
+    def run_method(*_: object, **__: object) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "recipe.toml").write_text(to_toml(own))
         if error is not None:

@@ -1,8 +1,6 @@
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +17,6 @@ from smf.base import load_base
 from smf.cli import main
 from smf.compare import result_path
 from smf.errors import ConfigError, DataError, PatchError, SmfError
-from smf.loop import newest_complete
 from smf.methods import attach
 from smf.prepare import check_output, load
 from smf.recipe_file import load_recipe
@@ -154,87 +151,6 @@ def test_full_text_loss_differs_from_answer_loss(world: Path):
     full = replace(recipe, train=replace(recipe.train, loss="full"))
     answer, whole = (run_method(r, "full")["scores"]["exam"]["metrics"]["loss"] for r in (recipe, full))
     assert answer != whole
-
-
-# -- crashes ----------------------------------------------------------------------------------------------------------
-
-TRAIN_SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from transformers import set_seed
-from smf.recipe_file import load_recipe
-from smf.prepare import load
-from smf.data import in_order
-from smf.loop import fit
-from smf.train import _prepare
-
-recipe, folder = load_recipe(sys.argv[1]), Path(sys.argv[2])
-loaded = load(recipe)
-set_seed(recipe.seed)
-prepared, _ = _prepare(recipe, "smf", loaded, folder)
-examples = in_order(loaded.train, 8 * recipe.train.steps, recipe.seed)
-fit(prepared, examples, recipe, folder, loaded.tokenizer, steps=recipe.train.steps, loss="answer", name="smf")
-"""
-
-
-def assert_equal(a: object, b: object, where: str = "") -> None:
-    """Equal to the last bit, however nested."""
-    if isinstance(a, torch.Tensor):
-        assert isinstance(b, torch.Tensor) and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert isinstance(b, dict) and a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_equal(*pair, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-def test_killed_training_goes_on_bit_for_bit(own_world: Path, tmp_path: Path):
-    text = own_world.read_text().replace("steps = 4", "steps = 14").replace("save_every = 2", "save_every = 3")
-    own_world.write_text(
-        text.replace("rows_per_step = 8\nlr = 0.05\n\n", 'rows_per_step = 8\nupdate = "adam"\nlr = 0.05\n\n')
-    )
-    script = [sys.executable, "-c", TRAIN_SCRIPT, str(own_world)]
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    subprocess.run([*script, str(calm)], env=ONE_THREAD, check=True, capture_output=True, timeout=300)
-    steps = sorted(random.Random(os.urandom(8)).sample(range(1, 13), 3))
-    print("killed at steps", steps)
-    for step in steps:
-        process = subprocess.Popen(
-            [*script, str(killed)], env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        metrics, deadline = killed / "metrics.jsonl", time.time() + 200
-        while process.poll() is None and time.time() < deadline:
-            lines = metrics.read_text().splitlines() if metrics.is_file() else []
-            if lines and json.loads(lines[-1])["step"] >= step:
-                break
-            time.sleep(0.002)
-        assert process.poll() is None, "it ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([*script, str(killed)], env=ONE_THREAD, check=True, capture_output=True, timeout=300)
-
-    assert (killed / "metrics.jsonl").read_text() == (calm / "metrics.jsonl").read_text()  # losses, rows, reads, rates
-    last = "checkpoints/checkpoint-14"
-    for file in ("optimizer.pt", "scheduler.pt"):  # moments, old rows, counts; schedule
-        a, b = (torch.load(folder / last / file, weights_only=True) for folder in (calm, killed))
-        assert_equal(a, b, file)
-    adapter = f"{last}/adapter_model.safetensors"
-    assert (calm / adapter).read_bytes() == (killed / adapter).read_bytes()
-
-
-def test_half_written_checkpoint_is_not_resumed_from(tmp_path: Path):
-    for step in (2, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-2" / "smf_complete.json").write_text("{}")
-    assert newest_complete(tmp_path, tidy=True) == tmp_path / "checkpoint-2"
-    assert not (tmp_path / "checkpoint-4").exists()
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ from .background import Background, read_background
 from .config import SparseMemoryConfig
 from .errors import (
     BackgroundError,
+    BusyError,
     ConfigError,
     DataError,
     PatchError,
     SmfError,
+    StorageError,
     TrainingError,
     UnsupportedModelError,
 )
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Background",
     "BackgroundError",
+    "BusyError",
     "ConfigError",
     "DataError",
     "Patch",
@@ -38,6 +41,7 @@ __all__ = [
     "SparseMemoryModel",
     "SparseMemoryOptimizer",
     "StepReport",
+    "StorageError",
     "TrainingError",
     "UnsupportedModelError",
     "load",

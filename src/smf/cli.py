@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .errors import ConfigError, SmfError, TrainingError
+from .errors import ConfigError, SmfError, Stopped, TrainingError
 
 if TYPE_CHECKING:
     from .runs import Runs  # imports are within the functions, so that `smf --help` need not wait for torch
@@ -353,10 +353,13 @@ def patch(command: Positional[str] = "--help", /) -> None:
 
 
 def main() -> None:
-    """Entry point: errors of ours are one message and exit code 2, without a traceback."""
+    """Entry point: errors of ours are one message and exit code 2, without a traceback; of SIGTERM, exit code 75."""
     from .compare import quiet_known_warnings
+    from .faults import explained
+    from .stopping import end_on_sigterm
 
     quiet_known_warnings()
+    end_on_sigterm()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # half a surrogate pair in a name is no reason to fail
     if sys.argv[1:] == ["--version"]:
@@ -378,10 +381,14 @@ def main() -> None:
             from .patch_cli import main as patches
 
             return patches(sys.argv[2:])
-        tyro.extras.subcommand_cli_from_dict(commands, prog="smf", description=__doc__)
+        with explained(Path.cwd()):
+            tyro.extras.subcommand_cli_from_dict(commands, prog="smf", description=__doc__)
     except SmfError as error:
         print(f"smf: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(f"smf: {stopped.message}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("smf: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

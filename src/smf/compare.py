@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Collection, Sequence
@@ -13,7 +14,8 @@ from .data import Loaded
 from .doubts import doubts
 from .errors import ConfigError, DataError, TrainingError
 from .files import write_atomically, write_json
-from .jobs import LOCK, Job, run_jobs, start_server
+from .jobs import Job, run_jobs, start_server
+from .locks import LOCK
 from .prepare import load
 from .recipe import Recipe
 from .recipe_file import to_toml
@@ -150,11 +152,12 @@ def _run(recipe: Recipe, name: str, loaded: Loaded) -> None:
     quiet_known_warnings()
     failed = result_path(recipe, name).with_name(FAILED)
     try:
-        run_method(recipe, name, loaded)
+        run_method(recipe, name, loaded, wait=True)  # for another comparison that is at it
     except TrainingError as error:
         method = recipe.methods[name]
         run = {"method": name, "options": asdict(method), "seed": recipe.seed, "code": method.code()}
-        write_json(failed, run | {"comparison": recipe.comparison_id(), "reason": str(error)})
+        with contextlib.suppress(OSError):  # the error itself counts
+            write_json(failed, run | {"comparison": recipe.comparison_id(), "reason": str(error)})
         raise
     failed.unlink(missing_ok=True)
 

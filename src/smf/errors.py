@@ -38,6 +38,22 @@ class TrainingError(SmfError, RuntimeError):
     """A training step that would do nothing, or something else than it says."""
 
 
+class StorageError(SmfError, OSError):
+    """A file that could not be written."""
+
+
+class BusyError(SmfError, RuntimeError):
+    """A run's folder that another process works in."""
+
+
+class Stopped(SystemExit):
+    """The end that SIGTERM asked for: no error, but exit code 75 (EX_TEMPFAIL: try again)."""
+
+    def __init__(self, message: str):
+        super().__init__(75)
+        self.message = message
+
+
 @contextlib.contextmanager
 def refusing(error: type[SmfError], what: str) -> Iterator[None]:
     """While something is read that others may have written: whatever goes wrong is `error`, saying what and why.

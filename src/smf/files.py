@@ -14,12 +14,14 @@ from torch import Tensor
 
 from .errors import SmfError, refusing
 
+PART = ".part"  # ends the names of temporary files
+
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write to a temporary file beside `path`, flush it to disk, then rename it over `path`."""
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content  # half a surrogate pair
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -41,6 +43,12 @@ def read_text(path: Path) -> str:
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
     return path.read_text(encoding="utf-8")
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes had begun to write below a folder that no other process writes into."""
+    for part in folder.rglob(f".*{PART}"):
+        part.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from .errors import SmfError
+from .errors import SmfError, Stopped
+from .faults import explanation
+from .locks import is_held
+from .stopping import end_on_sigterm
 
 # A server that has imported everything forks each job; not on macOS, whose libraries do not bear forking, nor beside
 # CUDA, which a fork must not have touched: there each job imports for itself.
 FORKS = sys.platform == "linux" and not torch.cuda.is_available()
-LOCK = "lock"  # name of such a file, which the process that works in its folder holds
 PATIENCE = 1.0  # seconds between two looks at jobs that other processes do
 
 
@@ -96,42 +98,57 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
                     _report(running.pop(process), process.exitcode)
     except BaseException:
         for process in running:
-            process.terminate()
+            process.terminate()  # SIGTERM: a training saves a checkpoint before it ends
+        for process in running:
             process.join()
         raise
 
 
 def _next(waiting: Sequence[Job]) -> Job | None:
     """The first job that no other process is at."""
-    return next((job for job in waiting if job.lock is None or not _held(job.lock)), None)
-
-
-def _held(lock: Path) -> bool:
-    if not lock.is_file():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
+    return next((job for job in waiting if job.lock is None or not is_held(job.lock)), None)
 
 
 def _child(job: Job, threads: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(threads)
+    end_on_sigterm()
+    terminal = os.dup(2)
     try:
+        _print_to(job.log)
+        torch.set_num_threads(threads)
         job.run(*job.arguments)
-    except SmfError as error:
-        print(f"smf: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Stopped as stopped:
+        _say(stopped.message, terminal)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        ours = error if isinstance(error, SmfError) else explanation(error, job.log.parent)
+        if ours is None:
+            raise
+        _say(f"error: {ours}", terminal)
+        sys.exit(2)
+
+
+def _print_to(log: Path) -> None:
+    """Append all that this process prints to a log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(opened, 1)
+    os.dup2(opened, 2)
+
+
+def _say(words: str, terminal: int) -> None:
+    """Print a last line into the log, or on the terminal where the log cannot be written."""
+    line = f"smf: {words}\n".encode()
+    try:
+        written = os.write(2, line)
+    except OSError:
+        written = 0
+    if written < len(line):
+        os.write(terminal, line)
 
 
 def _end_with(sentinel: int) -> None:
@@ -145,7 +162,8 @@ def _report(ended: _Running, exit_code: int) -> None:
     if exit_code == 0:
         print(f"smf: {job.title}: done in {time.monotonic() - ended.began:,.0f} s", file=sys.stderr)
         return
-    print(f"smf: {job.title}: ended with exit code {exit_code}; the end of {job.log}:", file=sys.stderr)
+    killed = " (killed, as the system does when memory runs out)" if exit_code == -signal.SIGKILL else ""
+    print(f"smf: {job.title}: ended with exit code {exit_code}{killed}; the end of {job.log}:", file=sys.stderr)
     print("\n".join(f"    {line}" for line in _last_lines(job.log, 20, ended.printed_before)), file=sys.stderr)
 
 

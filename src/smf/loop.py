@@ -6,26 +6,27 @@ import json
 import math
 import os
 import pickle
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from .checkpoints import newest_complete, read_manifest, seal, step_of
 from .data import Collator, Example, pad_id
-from .errors import ConfigError, TrainingError
+from .errors import ConfigError, Stopped, TrainingError
 from .evaluate import token_loss
 from .files import write_atomically, write_json
 from .methods import Prepared
 from .optimizer import SparseMemoryOptimizer
+from .ranks import mean_
 from .recipe import Recipe
-
-COMPLETE = "smf_complete.json"  # written into a checkpoint after everything else: what has it can be resumed from
+from .skipping import SKIPPED, Skipping
+from .stopping import StopAtSigterm
 
 
 def mean_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -53,7 +54,7 @@ class ScoreOnTheWay(TrainerCallback):
 
 
 class RunTrainer(Trainer):
-    """Trainer that marks a checkpoint as complete once everything is in it, with the seconds it took to get there."""
+    """Trainer that seals a checkpoint once everything is in it, with what Trainer's own state lacks."""
 
     on_the_way = ScoreOnTheWay({}, dict)
     seconds_before = 0.0  # of killed processes
@@ -65,26 +66,35 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        loss, logged_at = self._tr_loss.clone(), self._globalstep_last_logged
+        mean_(loss)  # over the ranks, as Trainer logs it
         if self.args.should_save:
             folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-            write_json(folder / COMPLETE, {"step": self.state.global_step, "seconds": self.seconds()})
+            seal(folder, step=self.state.global_step, seconds=self.seconds(), loss=loss.item(), logged_at=logged_at)
+
+
+class Fitted(NamedTuple):
+    """What a training took: seconds, those of killed processes included, and how many steps were skipped."""
+
+    seconds: float
+    skipped: int
+
+
+class LossGoesOn(TrainerCallback):
+    """Gives a resumed Trainer the losses that it had added up but not logged yet, so that its next log is the same."""
+
+    def __init__(self, trainer: RunTrainer, manifest: dict[str, Any]):
+        self.trainer, self.manifest = trainer, manifest
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Trainer has just set both to nothing."""
+        self.trainer._tr_loss += self.manifest["loss"]
+        self.trainer._globalstep_last_logged = self.manifest["logged_at"]
 
 
 def is_main() -> bool:
     """Whether this process is the one that writes (torchrun starts several)."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def newest_complete(folder: Path, *, tidy: bool) -> Path | None:
-    """The newest complete checkpoint; half-written ones, as a crash leaves them, are removed with `tidy`."""
-    complete = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / COMPLETE).is_file():
-            complete.append(checkpoint)
-        elif tidy:
-            print(f"smf: {checkpoint} was not written to its end; set aside", file=sys.stderr)
-            shutil.rmtree(checkpoint)
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def _step(line: str) -> float:
@@ -97,8 +107,8 @@ def _step(line: str) -> float:
 class MetricsFile(TrainerCallback):
     """Appends what Trainer logs to metrics.jsonl, with the row optimizer's own norm, counts and hubs."""
 
-    def __init__(self, path: Path, optimizer: torch.optim.Optimizer | None, resumed_at: int):
-        self.path, self.optimizer = path, optimizer
+    def __init__(self, path: Path, optimizer: torch.optim.Optimizer | None, resumed_at: int, skipping: Skipping):
+        self.path, self.optimizer, self.skipping = path, optimizer, skipping
         self.hubs: dict[int, Tensor] = {}  # of general text
         if isinstance(optimizer, SparseMemoryOptimizer) and optimizer.background is not None:
             layers = optimizer.memories.items()
@@ -113,7 +123,11 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
         line = {"step": state.global_step} | {k: logs[k] for k in ("loss", "learning_rate", "grad_norm") if k in logs}
-        if isinstance(self.optimizer, SparseMemoryOptimizer) and (report := self.optimizer.last_step) is not None:
+        if self.skipping.steps:
+            line["skipped"] = len(self.skipping.steps)
+        if self.skipping.steps and self.skipping.steps[-1]["step"] == state.global_step:
+            line.pop("grad_norm", None)  # which is not finite, nor did the optimizer do anything to report
+        elif isinstance(self.optimizer, SparseMemoryOptimizer) and (report := self.optimizer.last_step) is not None:
             line["grad_norm"] = logs["grad_norm"] = report.grad_norm
             line["rows"] = {layer: len(rows) for layer, rows in report.rows.items()}
             line |= {"rows_read": report.rows_read, "reads": report.reads, "hub_share": report.hub_share}
@@ -136,8 +150,8 @@ def fit(
     name: str,
     on_the_way: ScoreOnTheWay | None = None,
     places: Mapping[str, int] = {},
-) -> float:
-    """Train for `steps` steps, resuming where a killed run stopped; returns the seconds it took, killed ones included.
+) -> Fitted:
+    """Train for `steps` steps, resuming where a killed run stopped.
 
     Args:
         prepared: model and optimizer.
@@ -150,32 +164,48 @@ def fit(
         name: shown beside the progress.
         on_the_way: scores before the end.
         places: numbers of the examples by their ids, where the optimizer keeps provenance.
+
+    Raises:
+        TrainingError: where more steps than `train.max_skipped` have a loss or gradient that is not finite, or what
+            trains is not finite itself.
+        Stopped: where SIGTERM came, after a checkpoint.
     """
+    assert prepared.optimizer is not None
     arguments = _arguments(recipe, folder / "checkpoints", steps, prepared.max_grad_norm)
     checkpoint = newest_complete(folder / "checkpoints", tidy=is_main())
     if checkpoint is not None:
         print(f"smf: {name}: resuming from {checkpoint}", file=sys.stderr)
-    done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    done = step_of(checkpoint) if checkpoint else 0
+    most, listed = recipe.train.max_skipped, folder / SKIPPED
+    skipping = Skipping(prepared.optimizer, examples, recipe.train.batch_size, most, listed, done, main=is_main())
     trainer = RunTrainer(
         model=prepared.model,
         args=arguments,
         train_dataset=examples,  # type: ignore[arg-type]
         data_collator=Collator(pad_id(tokenizer), loss, places),
-        compute_loss_func=mean_token_loss,
+        compute_loss_func=skipping.watched(mean_token_loss),
         optimizers=(prepared.optimizer, None),
-        callbacks=[MetricsFile(folder / "metrics.jsonl", prepared.optimizer, done)],
+        callbacks=[skipping, MetricsFile(folder / "metrics.jsonl", prepared.optimizer, done, skipping)],
     )
     if on_the_way is not None:
         trainer.on_the_way = on_the_way
         trainer.add_callback(on_the_way)
     if checkpoint is not None:
-        trainer.seconds_before = json.loads((checkpoint / COMPLETE).read_text())["seconds"]
+        manifest = read_manifest(checkpoint)
+        trainer.seconds_before = manifest["seconds"]
+        trainer.add_callback(LossGoesOn(trainer, manifest))
     trainer.started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except pickle.UnpicklingError as error:  # Trainer reads its pickles as weights only
-        raise TrainingError(f"{checkpoint} holds what Trainer did not save: {error}; remove it to go on") from error
-    return trainer.seconds()
+    with StopAtSigterm() as stop:
+        trainer.add_callback(stop)  # last: a step is scored before it is saved
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except pickle.UnpicklingError as error:  # Trainer reads its pickles as weights only
+            raise TrainingError(f"{checkpoint} holds what Trainer did not save: {error}; remove it to go on") from error
+    if stop.came:
+        done = trainer.state.global_step
+        raise Stopped(f"{name}: stopped by SIGTERM after step {done} of {steps}; the same command goes on from there")
+    skipping.refuse_diverged(steps)
+    return Fitted(trainer.seconds(), len(skipping.steps))
 
 
 def _arguments(recipe: Recipe, checkpoints: Path, steps: int, max_grad_norm: float) -> TrainingArguments:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -273,6 +273,11 @@ class ProductKeyMemory:
     def belongs_to(self, consumer: Any) -> bool:
         """Whether `consumer` is the last one that was attached."""
         return self._consumer is not None and self._consumer() is consumer
+
+    @property
+    def pending(self) -> Sequence[Factors]:
+        """What `take` would return, which stays."""
+        return self._pending
 
     def take(self) -> list[Factors]:
         """The factors since the last `take` or `drop`, one entry a backward pass."""

@@ -69,7 +69,19 @@ def same_everywhere(value: int) -> bool:
     world = world_size()
     if world == 1:
         return True
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    mine = torch.tensor([value, -value], device=device)
+    mine = torch.tensor([value, -value], device=_device())
     dist.all_reduce(mine, op=dist.ReduceOp.MAX)
     return bool(mine[0] == -mine[1])
+
+
+def true_everywhere(*flags: bool) -> list[bool]:
+    """Of each flag whether all ranks hold it."""
+    if world_size() == 1:
+        return list(flags)
+    held = torch.tensor(flags, dtype=torch.int32, device=_device())
+    dist.all_reduce(held, op=dist.ReduceOp.MIN)
+    return [bool(flag) for flag in held.tolist()]
+
+
+def _device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"

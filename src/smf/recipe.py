@@ -87,6 +87,8 @@ class TrainOptions:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Clipping of the gradient's norm; 0: none."""
+    max_skipped: int = 3
+    """Steps with a loss or gradient that is not finite are skipped; more of them than this end the training."""
     examples: int = 0
     """Train on so many examples, drawn from the seed; 0: all."""
     save_every: int = 100
@@ -292,6 +294,7 @@ LATER = {
     "task": "",
     "form": "",
     "window": 0,
+    "max_skipped": 3,
     "examples": 0,
     "recall": False,
     "lm_eval_tasks": "",

@@ -9,24 +9,26 @@ import platform
 import resource
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 from . import methods
 from .base import load_base
+from .checkpoints import MANIFEST, read_manifest
 from .data import Loaded, in_order, with_replay
 from .errors import ConfigError, refusing
 from .evaluate import score
-from .files import write_atomically, write_json
-from .jobs import LOCK
-from .loop import COMPLETE, ScoreOnTheWay, fit, is_main, steps_of
+from .faults import explained
+from .files import remove_parts, write_atomically, write_json
+from .locks import working_in
+from .loop import ScoreOnTheWay, fit, is_main, steps_of
 from .patch_file import load_patch
 from .prepare import load, load_scored
 from .recipe import Recipe
@@ -34,11 +36,23 @@ from .recipe_file import to_toml
 from .runs import FORMAT
 
 
-def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None) -> dict[str, Any]:
+def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None, *, wait: bool = False) -> dict[str, Any]:
     """Train and score one method of a recipe, into its folder below `recipe.output`; a finished run is only read.
+
+    Args:
+        recipe: whose method to run.
+        name: of the method.
+        loaded: what the recipe reads, where it is loaded already.
+        wait: for another process that is at this run, and read its result; else refuse.
 
     Returns:
         The run's result.json: scores with per-example records, what changed, seconds, peak memory, versions.
+
+    Raises:
+        BusyError: where another process is at this run.
+        StorageError: where a file could not be written; TrainingError: where the training failed, or memory ran out.
+            What is finished is kept, and the next call goes on from the last checkpoint.
+        Stopped: where SIGTERM came while training, after a checkpoint: a SystemExit with code 75.
     """
     if name not in recipe.methods:
         raise ConfigError(f"the recipe has no [methods.{name}]; its methods: {sorted(recipe.methods)}")
@@ -47,16 +61,24 @@ def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None) -> dict[
     if result_file.is_file():
         return json.loads(result_file.read_text())
     loaded = loaded or load(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / LOCK) if is_main() else contextlib.nullcontext():
+    with explained(folder), _alone_in(folder, wait=wait):
         if result_file.is_file():  # another process was at it
             return json.loads(result_file.read_text())
         return _run(recipe, name, loaded, folder, result_file)
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
+    """The lock of a folder, which the first rank holds for all of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with working_in(folder, wait=wait) if is_main() else contextlib.nullcontext():
+        yield
+
+
 def _run(recipe: Recipe, name: str, loaded: Loaded, folder: Path, result_file: Path) -> dict[str, Any]:
     method = recipe.methods[name]
     if is_main():
+        remove_parts(folder)
         write_atomically(folder / "recipe.toml", to_toml(recipe))
     set_seed(recipe.seed)
     prepared, heal_seconds = _prepare(recipe, name, loaded, folder)
@@ -81,7 +103,7 @@ def _run(recipe: Recipe, name: str, loaded: Loaded, folder: Path, result_file: P
 
 
 def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded, folder: Path) -> dict[str, Any]:
-    """Train, scoring on the way; returns steps, seconds and the scores before the end, without their questions."""
+    """Train; returns steps, seconds, skipped steps and the scores before the end, without their questions."""
     options, method = recipe.train, recipe.methods[name]
     count = min(options.examples or len(loaded.train), len(loaded.train))
     steps = steps_of(options.steps, options.epochs, count, options.batch_size)
@@ -96,7 +118,7 @@ def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded
 
     learned = in_order(loaded.train, count, recipe.seed) if count < len(loaded.train) else loaded.train
     examples = with_replay(learned, loaded.replay, method.replay, steps * options.batch_size, recipe.seed)
-    seconds = fit(
+    fitted = fit(
         prepared,
         examples,
         recipe,
@@ -108,7 +130,7 @@ def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded
         on_the_way=ScoreOnTheWay(files, score_now),
         places=loaded.places if method.provenance else {},
     )
-    result: dict[str, Any] = {"steps": steps, "seconds": seconds}
+    result: dict[str, Any] = {"steps": steps, "seconds": fitted.seconds, "skipped_steps": fitted.skipped}
     if peak:
         result["peak_memory_mb"] = peak[0]
     if is_main():
@@ -148,12 +170,11 @@ def _prepare(recipe: Recipe, name: str, loaded: Loaded, folder: Path) -> tuple[m
         return make(methods.attach(_base(recipe, loaded), method, recipe), method, recipe, loaded), 0.0
     # methods with the same memory share its healing, but for torchrun, whose ranks must agree whether it is there
     healed = (folder if "RANK" in os.environ else folder.parent) / f"healed-{recipe.healing_id(method)}"
-    healed.mkdir(parents=True, exist_ok=True)
-    with FileLock(healed / LOCK) if is_main() else contextlib.nullcontext():
-        if not (healed / COMPLETE).is_file():
+    with _alone_in(healed, wait=True):
+        if not (healed / MANIFEST).is_file():
             _heal(recipe, name, loaded, healed)
     model = PeftModel.from_pretrained(_base(recipe, loaded), healed, is_trainable=True)
-    return make(model, method, recipe, loaded), json.loads((healed / COMPLETE).read_text())["seconds"]
+    return make(model, method, recipe, loaded), read_manifest(healed)["seconds"]
 
 
 def _heal(recipe: Recipe, name: str, loaded: Loaded, healed: Path) -> None:
@@ -163,10 +184,10 @@ def _heal(recipe: Recipe, name: str, loaded: Loaded, healed: Path) -> None:
     steps = steps_of(recipe.heal.steps, recipe.heal.epochs, len(loaded.healing), recipe.train.batch_size)
     examples = in_order(loaded.healing, steps * recipe.train.batch_size, recipe.seed)
     title, tokenizer = f"{name}, healing", loaded.tokenizer
-    seconds = fit(prepared, examples, recipe, healed, tokenizer, steps=steps, loss="full", name=title)
+    fitted = fit(prepared, examples, recipe, healed, tokenizer, steps=steps, loss="full", name=title)
     if is_main():
         prepared.save(healed)
-        write_json(healed / COMPLETE, {"seconds": seconds})
+        write_json(healed / MANIFEST, {"seconds": fitted.seconds, "skipped_steps": fitted.skipped})
         shutil.rmtree(healed / "checkpoints", ignore_errors=True)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -12,10 +12,11 @@ import tyro
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments, set_seed
 
+from ..checkpoints import newest_complete
 from ..errors import ConfigError
 from ..files import write_json
 from ..fingerprint import json_hash
-from ..loop import RunTrainer, newest_complete
+from ..loop import RunTrainer
 from .text import pretraining_text
 from .tokenizer import make_tokenizer
 

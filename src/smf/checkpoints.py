@@ -1,0 +1,83 @@
+"""Checkpoints that a run can go on from: those that are what their manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from .files import write_json
+
+MANIFEST = "smf_complete.json"  # written into a checkpoint after everything else
+
+
+def seal(folder: Path, **facts: Any) -> None:
+    """Write the manifest of a folder that is complete: the SHA-256 of every file in it, and `facts`."""
+    sums = {name: _sha256(folder / name) for name in sorted(_names(folder))}
+    write_json(folder / MANIFEST, facts | {"sha256": sums})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `seal` wrote."""
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def flaw(folder: Path) -> str | None:
+    """How a folder differs from its manifest, in a few words; None where it does not."""
+    if not (folder / MANIFEST).is_file():
+        return "it was not written to its end"
+    try:
+        sums = read_manifest(folder)["sha256"]
+        missing = sorted(sums.keys() - _names(folder))
+        if missing:
+            return f"{missing[0]} is missing"
+        wrong = [name for name, expected in sums.items() if _sha256(folder / name) != expected]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be checked ({type(error).__name__}: {error})"
+    return f"{wrong[0]} is not what was written" if wrong else None
+
+
+def newest_complete(folder: Path, *, tidy: bool) -> Path | None:
+    """The newest checkpoint whose manifest holds.
+
+    Args:
+        folder: of checkpoints.
+        tidy: say which newer ones are not used, and why. One that a crash cut off is removed; one that was complete
+            once is kept as "set-aside-STEP", where Trainer does not count it.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal()]
+    for checkpoint in sorted(found, key=step_of, reverse=True):
+        why = flaw(checkpoint)
+        if why is None:
+            return checkpoint
+        if tidy:
+            print(f"smf: set aside {checkpoint}: {why}", file=sys.stderr)
+            _set_aside(checkpoint)
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved after, which its name says."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def _set_aside(checkpoint: Path) -> None:
+    aside = checkpoint.with_name(f"set-aside-{step_of(checkpoint)}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if (checkpoint / MANIFEST).is_file():
+        checkpoint.rename(aside)
+    else:
+        shutil.rmtree(checkpoint)
+
+
+def _names(folder: Path) -> set[str]:
+    """All files of a folder but the manifest, by their paths in it."""
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {MANIFEST}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
