@@ -53,9 +53,9 @@ def test_choices_after_a_prompt_that_ends_in_a_blank_are_scored_over_all_of_thei
     model, tokenizer = AutoModelForCausalLM.from_pretrained(world.BASE), AutoTokenizer.from_pretrained(world.BASE)
     for blank, sides in ((" ", ("", "")), ("", (" ", " "))):
         item = {"id": "q", "prompt": f"the color of the house is{blank}", "answer": 0}
-        item["choices"] = [f"{side}{word}" for side, word in zip(sides, ("red", "the house"), strict=True)]
+        item["choices"] = [f"{side}{word}" for side, word in zip(sides, ("red house", "the house"), strict=True)]
         (record,) = choice_records(model, tokenizer, [item], batch_size=2, max_length=64)
-        assert record["tokens"] == 1 and record["said"] in ("red", "the house")
+        assert record["tokens"] == 2 and record["said"] in ("red house", "the house")
     assert record["nats"] == pytest.approx(-record["logprobs"][0])
 
 
