@@ -103,9 +103,9 @@ class Loaded:
 
 
 def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int, *, end: bool) -> Example:
-    """Tokens of prompt and response together; the response begins where the prompt's own tokens end.
+    """Tokens of prompt and response together; the response begins where they differ from the prompt's own tokens.
 
-    A prompt's last blank may become one token with the response's first word: that token is where it begins.
+    The prompt's last characters may become one token with the response's first: that token is where it begins.
 
     Args:
         tokenizer: of the base.
@@ -116,12 +116,9 @@ def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int,
     """
     own = tokenizer(prompt)["input_ids"] if prompt else []
     ids = list(tokenizer(prompt + response)["input_ids"])
-    start = len(own)
-    if prompt[-1:].isspace():  # else as ever: runs that are finished keep their names, so their examples stay the same
-        start = shared_start(own, ids)
     if end and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
-    return Example(id, ids[:max_length], start)
+    return Example(id, ids[:max_length], shared_start(own, ids))
 
 
 def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
