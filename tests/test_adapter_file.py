@@ -371,3 +371,14 @@ def test_a_merge_with_rows_stored_in_bfloat16_rounds_nothing_more(tmp_path: Path
     merged = short.merge(smf.save_patch(models[1], tmp_path / "b.smf"), policy="sum")
     saved = smf.save_patch(merged, tmp_path / "both.smf")
     assert same_patch(smf.load_patch(tmp_path / "both.smf"), merged) and same_patch(saved, merged)
+
+
+def test_a_base_of_bfloat16_and_the_file_are_the_model(tmp_path: Path):
+    tiny_base().bfloat16().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+    model = get_peft_model(base, tiny_config())
+    train(model, steps=2, lr=0.1)
+    patch = smf.save_patch(model, tmp_path / "a.smf")
+    assert base.dtype == torch.bfloat16 and patch.metadata["base_dtype"] == "torch.bfloat16"
+    loaded = smf.load(tmp_path / "base", tmp_path / "a.smf")
+    assert loaded.dtype == torch.bfloat16 and torch.equal(logits(loaded), logits(model))

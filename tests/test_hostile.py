@@ -23,6 +23,7 @@ import smf
 from conftest import batch, logits, tiny_base, tiny_config, tiny_model, train
 from smf.adapter_file import CONFIG, TENSORS, fresh_adapter, read_adapter
 from smf.base import load_base
+from smf.checkpoints import read_manifest, seal
 from smf.data import in_order
 from smf.errors import ConfigError, DataError, PatchError, SmfError, TrainingError
 from smf.logs import read_log
@@ -363,7 +364,11 @@ def test_an_adapter_with_code_in_its_weights_is_refused_and_runs_nothing(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
-def test_a_checkpoint_with_code_in_it_is_refused_and_runs_nothing(name: str, tmp_path: Path):
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_checkpoint_with_code_in_it_is_refused_and_runs_nothing(
+    name: str, sealed: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Whether or not its manifest was written anew to fit."""
     recipe = load_recipe(make_world(tmp_path))
     loaded, folder = load(recipe), tmp_path / "run"
     examples = in_order(loaded.train, 8 * 4, 0)
@@ -373,10 +378,16 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_runs_nothing(name: str, tmp
         fit(prepared, examples, recipe, folder, loaded.tokenizer, steps=steps, loss="answer", name="smf")
 
     fit_to(2)
-    torch.save(Bomb(tmp_path / "mark"), folder / "checkpoints" / "checkpoint-2" / name)
-    torch.save(Bomb(tmp_path / "mark"), folder / "checkpoints" / "checkpoint-2" / "training_args.bin")
-    with pytest.raises(TrainingError, match=r"checkpoint-2 holds what Trainer did not save"):
+    checkpoint = folder / "checkpoints" / "checkpoint-2"
+    torch.save(Bomb(tmp_path / "mark"), checkpoint / name)
+    torch.save(Bomb(tmp_path / "mark"), checkpoint / "training_args.bin")
+    if sealed:
+        seal(checkpoint, **{key: value for key, value in read_manifest(checkpoint).items() if key != "sha256"})
+        with pytest.raises(TrainingError, match=r"checkpoint-2 holds what Trainer did not save"):
+            fit_to(4)
+    else:
         fit_to(4)
+        assert "checkpoint-2" in capsys.readouterr().err  # set aside, and said
     assert not (tmp_path / "mark").exists()
 
 

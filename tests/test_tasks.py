@@ -78,7 +78,7 @@ def test_every_schema_of_questions_and_answers_is_read(row, prompt, answers):
         ({"answers": []}, "answers"),
         ({"answers": [None]}, "answers"),
         ({"answers": None}, "no column holds answers"),
-        ({"answers": None, "answer": {"value": None, "aliases": []}}, "value and aliases"),
+        ({"answers": None, "answer": {"value": None, "aliases": []}}, "a value and a list of aliases"),
         ({"answers": None, "possible_answers": "[1"}, "not JSON"),
         ({"answers": "[1, 2]"}, "expected a text, or a list"),
     ],

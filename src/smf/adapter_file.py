@@ -80,7 +80,8 @@ def load(base: Any, patch: str | Path | Patch, **options: Any) -> Any:
     if isinstance(base, nn.Module) and options:
         raise PatchError(f"options {sorted(options)} are of from_pretrained, but the base is a loaded model")
     put_into_adapter(patch, fresh_adapter(patch), "apply")  # refuses before the base is touched
-    options = {"dtype": DTYPES[patch.metadata["dtype"]], "trust_remote_code": False} | options
+    dtype = DTYPES[patch.metadata.get("base_dtype", patch.metadata["dtype"])]
+    options = {"dtype": dtype, "trust_remote_code": False} | options
     model = base if isinstance(base, nn.Module) else AutoModelForCausalLM.from_pretrained(base, **options)
     patch.check_base(model)
     model: Any = get_peft_model(model, patch.config)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import SparseMemoryConfig
 from .errors import PatchError, refusing
 from .files import read_tensors, write_tensors
-from .fingerprint import base_hash, json_hash, tensors_hash
+from .fingerprint import base_hash, is_memory_parameter, json_hash, tensors_hash
 from .memory import KINDS, MemoryShape, ProductKeyMemory, memory_layers
 from .patch import DTYPES, Patch, from_tables, layout, same, tables_of
 from .provenance import Provenance, pair, provenance_of
@@ -121,6 +121,9 @@ def patch_of(model: nn.Module, adapter: str | None = None, examples: Sequence[st
     ids = {layer: each.rows.ids.cpu() for layer, each in journals.items() if each is not None and each.table is None}
     patch = from_tables(config, base_hash(model), shapes, before, tables_of(memories), ids)
     patch.metadata["lora_numbers"] = _lora_numbers(model)
+    own = (str(p.dtype) for n, p in model.named_parameters() if p.is_floating_point() and not is_memory_parameter(n))
+    if (dtype := next(own)) in DTYPES:
+        patch.metadata["base_dtype"] = dtype  # a memory beside a bfloat16 base is of float32
     writers = next((each.writers for each in journals.values() if each is not None), None)
     if writers is None and examples is not None:
         raise PatchError("examples = ... but the optimizer was made without provenance=True")
@@ -195,7 +198,7 @@ def _check_header(about: dict[str, Any]) -> None:
         wrong.append("layers")
     if wrong or about.get("stored") not in (None, "bfloat16"):
         raise PatchError(f"the patch's header is not whole: {wrong or ['stored']}")
-    if not 1 <= about["width"] < 2**31 or about["dtype"] not in DTYPES:
+    if not 1 <= about["width"] < 2**31 or not {about["dtype"], about.get("base_dtype", about["dtype"])} <= {*DTYPES}:
         raise PatchError(f"the patch's base has width {about['width']} and {about['dtype']!r:.40} numbers")
     config, trained = about["config"], sorted({*KINDS} - {"values", "anchor"})
     strange = sorted({*config} - {*SparseMemoryConfig.__annotations__})
