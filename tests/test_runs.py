@@ -74,6 +74,15 @@ def test_a_runs_own_folder_and_several_folders_can_be_given(runs: Path, tmp_path
         assert what(found) == ALL and found.skipped == {}
 
 
+def test_runs_of_before_a_key_was_there_are_of_the_same_method(runs: Path):
+    file = runs / "smf-0" / "result.json"
+    result = json.loads(file.read_text())
+    file.write_text(json.dumps(result | {"options": result["options"] | {"provenance": False}}))
+    found = read_runs([runs])
+    (row,) = [row for row in summarise(found.results, RECIPE.target.metrics).rows if row.method.startswith("smf")]
+    assert row.method == "smf" and row.seeds == (0, 1)
+
+
 def test_folders_that_hold_no_run_are_named(runs: Path):
     (runs / "notes").mkdir()
     (runs / "gutted").mkdir()

@@ -15,12 +15,13 @@ from .errors import ConfigError, DataError
 from .evaluate import mean_of
 from .files import read_text
 from .fingerprint import json_hash
-from .recipe import Method, Recipe
+from .recipe import LATER, Method, Recipe
 from .recipe_file import build, check_numbers, load_recipe
 from .tasks import TASKS, find_task
 from .tasks.harness_task import PREFIX
 
 FORMAT = 1  # of result.json
+ADDED = {key.name: LATER[key.name] for key in dataclasses.fields(Method) if key.name in LATER}  # keys of methods since
 ROLES = ("target", "probe", "validation", "divergence")
 LARGEST = 1e100  # finite numbers that are larger are no measurement; sums and drawings of them overflow
 NUMBER = (int, float)
@@ -57,7 +58,7 @@ def read_result(path: Path) -> dict[str, Any]:
     machine = result.get("provenance", {}).get("machine", {})
     _expect({"jobs": 1} | machine if isinstance(machine, dict) else machine, {"jobs": int}, "provenance.machine.")
     _check_moments(result)
-    return result | {"folder": str(path.parent)}
+    return result | {"folder": str(path.parent), "options": ADDED | result["options"]}
 
 
 def _expect(table: Any, keys: Kinds, where: str) -> None:
