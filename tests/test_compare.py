@@ -205,6 +205,8 @@ def test_a_broken_result_is_set_aside_and_the_run_done_again(
     assert f"{result}: it cannot be read as JSON" in capsys.readouterr().err
     assert scores_of(json.loads(result.read_text())) == scores_of(whole)
     assert len(result.with_name("result.broken.json").read_text()) == 1000
+    result.write_text("{")
+    assert scores_of(run_method(recipe, "lora")) == scores_of(whole)  # as `smf train` does it
 
 
 def test_tuning_shows_every_point(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

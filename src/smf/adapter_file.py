@@ -69,8 +69,9 @@ def load(base: Any, patch: str | Path | Patch, **options: Any) -> Any:
     Args:
         base: a loaded base, or what `AutoModelForCausalLM.from_pretrained` takes.
         patch: a file, or whatever else `open_patch` takes.
-        options: of `from_pretrained`; without a dtype among them, the base is loaded in that of the training. Code that
-            comes with a base runs with trust_remote_code=True among them alone.
+        options: of `from_pretrained`; without a dtype among them, the base is loaded in that of the training, or, for a
+            saved adapter, which does not know it, in that of its memory. Code that comes with a base runs with
+            trust_remote_code=True among them alone.
 
     Raises:
         PatchError: for a base that the patch does not belong to, or a patch that was trained on more than config and

@@ -12,14 +12,14 @@ from typing import Any
 
 from .data import Loaded
 from .doubts import doubts
-from .errors import ConfigError, DataError, TrainingError
+from .errors import ConfigError, TrainingError
 from .files import write_atomically, write_json
 from .jobs import Job, run_jobs, start_server
 from .locks import LOCK
 from .prepare import load
 from .recipe import Recipe
 from .recipe_file import to_toml
-from .runs import FAILED, read_result
+from .runs import FAILED, is_finished, read_result
 
 Run = tuple[Recipe, str]  # a recipe, and the name of one of its methods
 PRELOADED = ["smf.train", "datasets", "lm_eval.models.huggingface"]  # seconds to import
@@ -92,7 +92,7 @@ def run_missing(recipe: Recipe, runs: Sequence[Run]) -> list[Run]:
     unfinished: list[tuple[str, Run]] = []
     for number, run in enumerate(runs, 1):
         title = f"{_title(*run)} ({number} of {len(runs)})"
-        if _finished(*run):
+        if is_finished(result_path(*run)):
             print(f"smf: {title}: finished, kept", file=sys.stderr)
         else:
             unfinished.append((title, run))
@@ -120,19 +120,6 @@ def _warn(runs: Sequence[Run]) -> None:
 def _job(title: str, run: Run, loaded: Loaded) -> Job:
     folder = result_path(*run).parent
     return Job(title, _run, (*run, loaded), folder / "log.txt", folder / LOCK)
-
-
-def _finished(recipe: Recipe, name: str) -> bool:
-    """Whether a run has a result; one that cannot be read is set aside, and the run done again."""
-    path = result_path(recipe, name)
-    if path.is_file():
-        try:
-            read_result(path)
-        except DataError as error:
-            aside = path.with_name("result.broken.json")
-            path.replace(aside)
-            print(f"smf: {path}: {error}; it is now {aside.name}, and the run is done again", file=sys.stderr)
-    return path.is_file()
 
 
 def result_path(recipe: Recipe, name: str) -> Path:

@@ -25,7 +25,7 @@ STORAGE = {
     errno.ENOTDIR: "a file is where a folder should be",
 }
 
-TORCH_SAVE = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")  # what it says of any disk
+TORCH_SAVE = "PytorchStreamWriter failed|unexpected pos|iostream error"  # what it says of any disk
 
 
 @contextlib.contextmanager
@@ -70,9 +70,7 @@ def _storage(error: Exception) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     if (found := re.search(r"\(os error (\d+)\)", str(error))) is not None:  # safetensors, written in Rust
         number = int(found[1])
-    if number is None and re.search(
-        "PytorchStreamWriter failed|unexpected pos|iostream error", str(error)
-    ):  # torch.save
+    if number is None and re.search(TORCH_SAVE, str(error)):
         return "the disk is full, or the file larger than it may be"
     return None if number is None else STORAGE.get(number)
 

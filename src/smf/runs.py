@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -160,6 +162,19 @@ def _examples(scores: dict[str, Any]) -> dict[str, Any]:
         name: [s["role"], s["task"], sorted(s["metrics"]), [(r["id"], r.get("cluster")) for r in s["records"]]]
         for name, s in scores.items()
     }
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a run has its result at `path`; one that cannot be read is set aside, said, and to be made again."""
+    if path.is_file():
+        try:
+            read_result(path)
+        except DataError as error:
+            aside = path.with_name("result.broken.json")
+            with contextlib.suppress(FileNotFoundError):  # another rank was first
+                path.replace(aside)
+            print(f"smf: {path}: {error}; it is now {aside.name}, and the run is done again", file=sys.stderr)
+    return path.is_file()
 
 
 # -- the results of a comparison --------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from .patch_file import load_patch
 from .prepare import load, load_scored
 from .recipe import Recipe
 from .recipe_file import to_toml
-from .runs import FORMAT
+from .runs import FORMAT, is_finished
 
 
 def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None, *, wait: bool = False) -> dict[str, Any]:
@@ -58,11 +58,11 @@ def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None, *, wait:
         raise ConfigError(f"the recipe has no [methods.{name}]; its methods: {sorted(recipe.methods)}")
     folder = Path(recipe.output) / recipe.run_id(name)
     result_file = folder / "result.json"
-    if result_file.is_file():
+    if is_finished(result_file):
         return json.loads(result_file.read_text())
     loaded = loaded or load(recipe)
     with explained(folder), _alone_in(folder, wait=wait):
-        if result_file.is_file():  # another process was at it
+        if is_finished(result_file):  # another process was at it
             return json.loads(result_file.read_text())
         return _run(recipe, name, loaded, folder, result_file)
 
