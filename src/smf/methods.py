@@ -197,6 +197,7 @@ def smf(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
         reads=method.reads,
         update=method.update,
         select_every=method.select_every,
+        betas=(method.betas[0], method.betas[1]),
         weight_decay=recipe.train.weight_decay,
         max_grad_norm=recipe.train.max_grad_norm,
         seed=recipe.seed,

@@ -185,6 +185,8 @@ class Method:
     """smf: what a read counts."""
     update: Literal["adam", "sgd", "masked-adam"] = "adam"
     """smf: the row update."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """smf: of adam: how much of a row's gradient, and of its square, stays from the steps before that chose it."""
     select_every: Literal["step", "micro"] = "step"
     """smf: choose rows once a step, or once a micro-batch."""
     rows_per_step: int = 512
@@ -299,6 +301,7 @@ LATER = {
     "recall": False,
     "lm_eval_tasks": "",
     "provenance": False,
+    "betas": [0.9, 0.999],
 }  # keys that recipes did not always have, and what they are where a recipe leaves them out
 
 

@@ -20,7 +20,8 @@ from .recipe import Method, Recipe, sources
 
 SHIPPED = Path(__file__).parent / "recipes"
 SMF = {"rule", "reads", "update", "select_every", "rows_per_step", "train", "heal", "lr_other", "layers", "memory"} | {
-    "provenance"
+    "provenance",
+    "betas",
 }
 KINDS: dict[str, set[str]] = {  # of methods, and the keys that each reads beside kind
     "base": set(),
@@ -279,6 +280,8 @@ def _check_method(recipe: Recipe, method: Method, where: str) -> None:
         raise ConfigError(f"{where} needs a [heal] table that says on what text the memory is healed")
     if method.kind == "smf" and method.rule in ("kl", "tfidf") and recipe.background is None:
         raise ConfigError(f"{where} rule = {method.rule!r} needs a [background] table")
+    if len(method.betas) != 2 or not all(0 <= beta < 1 for beta in method.betas):
+        raise ConfigError(f"{where} betas = {method.betas}; expected two numbers from 0 to below 1")
     if method.replay and recipe.replay is None:
         raise ConfigError(f"{where} replay = {method.replay} needs a [replay] table that says which text")
     if method.replay >= 1:
