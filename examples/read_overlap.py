@@ -2,8 +2,8 @@
 
     python examples/read_overlap.py                   # seconds; writes docs/results/late_rows/overlap.json and .png
 
-Two questions overlap by the sum over rows of the smaller of their weights, as a share of all weights: 1 where they read the
-same rows alike, 0 where they share none. A row can carry a fact from one form of its question to another where the
+Two questions overlap by the sum over rows of the smaller of their weights, as a share of all weights: 1 where they read
+the same rows alike, 0 where they share none. A row can carry a fact from one form of its question to another where the
 two forms overlap; it harms what the model knows where a new disease's question overlaps with a known one's.
 """
 
