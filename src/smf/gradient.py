@@ -17,16 +17,21 @@ from .provenance import pair
 from .rows import find
 
 
-def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor) -> Tensor:
+def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor, kernels: bool = False) -> Tensor:
     """Gradient `[t, D]` of the rows `rows_t` (ascending) from the factors of some backward passes.
 
     Each chosen row is the weighted sum of the gradients of the tokens that read it: an embedding bag over tokens, so
-    that neither time nor memory depends on the size of the table.
+    that neither time nor memory depends on the size of the table. `kernels`: by Triton (`smf.use_kernels`).
     """
     grad_tD = torch.zeros(len(rows_t), like.shape[1], dtype=torch.promote_types(like.dtype, torch.float32)).to(
         like.device
     )
     for f in factors:
+        if kernels:
+            from .kernels import rows  # needs triton
+
+            rows.add_row_gradient(grad_tD, rows_t, f.idx_TR, f.w_TR, f.g_TD)
+            continue
         slot, chosen = find(rows_t, f.idx_TR.flatten().long())
         read = chosen.nonzero().squeeze(1)  # positions in the flattened [T, R]
         slot_sorted, order = torch.sort(slot[read], stable=True)
@@ -37,13 +42,16 @@ def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor) -> Tensor
     return grad_tD
 
 
-def parts_by_example(factors: list[Factors], rows_t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def parts_by_example(
+    factors: list[Factors], rows_t: Tensor, like: Tensor, kernels: bool = False
+) -> tuple[Tensor, Tensor]:
     """The norm of what each example adds to the gradient of each of the rows `rows_t`, where it adds anything.
 
     Args:
         factors: with `examples_T`.
         rows_t: ascending.
         like: the table, for width and device.
+        kernels: by Triton.
 
     Returns:
         `pair_P`, a row and an example in one number (`provenance.pair`), and `norm_P` in float64; an example that is
@@ -62,7 +70,7 @@ def parts_by_example(factors: list[Factors], rows_t: Tensor, like: Tensor) -> tu
         read_TR = find(rows_t, f.idx_TR.flatten().long())[1].view(f.idx_TR.shape)
         both_P = torch.unique(split.idx_TR[read_TR])
         for some in both_P.split(max(1, GATHER_ELEMENTS // like.shape[1])):
-            norm = row_gradient([split], some, like).norm(dim=-1).double()
+            norm = row_gradient([split], some, like, kernels).norm(dim=-1).double()
             some, norm = some[norm > 0], norm[norm > 0]
             pairs.append(pair(some // len(examples_E), examples_E[some % len(examples_E)]))
             norms.append(norm)

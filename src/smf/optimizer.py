@@ -210,9 +210,9 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             rows_read.append(reads.rows_R)
             hubs.append(hub_share(reads.hits_R, memory.shape.n_rows))
             chosen.append(rows)
-            grads.append(row_gradient(group, rows, memory.values))
+            grads.append(row_gradient(group, rows, memory.values, memory.kernels))
             if self._writers is not None:
-                parts.append(ranks.sum_by_id(*add_up(*parts_by_example(group, rows, memory.values))))
+                parts.append(ranks.sum_by_id(*add_up(*parts_by_example(group, rows, memory.values, memory.kernels))))
         device = memory.values.device
         empty = torch.empty(0, dtype=torch.int64, device=device)
         report.hub_share[layer] = sum(hubs) / max(1, len(hubs))
