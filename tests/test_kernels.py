@@ -1,4 +1,4 @@
-"""The Triton kernels, in Triton's interpreter on the CPU, against PyTorch's operators and float64; what they refuse."""
+"""The Triton kernels against PyTorch's operators and float64, in Triton's interpreter and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from smf.memory import weighted_row_sum
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+GPU = pytest.param("0", id="gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module", params=[pytest.param("1", id="interpreter"), GPU])
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What kernels_script.py printed."""
     pytest.importorskip("triton", reason="triton is not installed: pip install 'sparse-memory-finetuning[cuda]'")
     done = subprocess.run(
         [sys.executable, HERE / "kernels_script.py"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"TRITON_INTERPRET": request.param, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -61,6 +64,10 @@ def test_a_training_with_kernels_moves_the_same_rows_as_one_without(found, dtype
 
 def test_the_gradient_of_the_query_is_that_without_kernels(found):
     assert found["weights' gradient"] < 1e-5
+
+
+def test_torch_compile_breaks_no_graph_at_the_kernels(found):
+    assert found["compiled"] < 1e-5
 
 
 def test_other_dtypes_are_refused(found):
