@@ -1,4 +1,4 @@
-"""The Triton kernels against PyTorch's operators and float64, in Triton's interpreter and on a GPU where there is one."""
+"""The Triton kernels against PyTorch's operators and float64, in Triton's interpreter and, where one is, on a GPU."""
 
 from __future__ import annotations
 
