@@ -7,6 +7,7 @@ output. Shape letters: T tokens, D model width, H heads, K `knn`, R = H * K read
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,12 @@ class Factors:
     g_TD: Tensor  # gradient of o, the weighted row sum
     mask_T: Tensor | None  # bool, tokens that are not pads; None: all are
     examples_T: Tensor | None = None  # int64, which example each token is of, where provenance is asked for
+
+    @functools.cached_property
+    def by_row(self) -> tuple[Tensor, Tensor]:
+        """The row ids of all reads, ascending, and the place of each in the flattened `[T, R]` (int32), in order."""
+        ids, places = torch.sort(self.idx_TR.flatten(), stable=True)
+        return ids, places.to(torch.int32)
 
 
 @dataclass

@@ -173,7 +173,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         self._refuse_wrong_use()
         factors = {layer: memory.take() for layer, memory in self.memories.items()}
         report = StepReport(self.steps + 1, {}, {}, {}, {}, 0.0)
-        choices = {layer: self._choose(layer, report, factors[layer]) for layer in self.memories}
+        choices = {layer: self._choose(layer, report, factors.pop(layer)) for layer in self.memories}
         grads = {layer: grad_tD for layer, (grad_tD, _) in choices.items()}
         if sum(report.reads.values()) == 0:
             raise TrainingError(
@@ -277,7 +277,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             moments.write("exp_avg", slots, m_tD)
             moments.write("exp_avg_sq", slots, v_tD)
             correction1, correction2 = 1 - beta1 ** step_t1.double(), 1 - beta2 ** step_t1.double()
-            change_tD = m_tD / correction1.to(m_tD.dtype) / ((v_tD / correction2.to(v_tD.dtype)).sqrt_() + group["eps"])
+            root_tD = v_tD.div_(correction2.to(v_tD.dtype)).sqrt_().add_(group["eps"])  # the store has its own v
+            change_tD = m_tD.div_(correction1.to(m_tD.dtype)).div_(root_tD)
         old_tD = memory.values[rows_t]
         new_tD = old_tD.to(grad_tD.dtype) * (1 - lr * group["weight_decay"]) - lr * change_tD
         if memory.values.dtype == torch.bfloat16:

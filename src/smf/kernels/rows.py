@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..rows import find
 from . import OFF, check_table
 
 CHUNK = 128  # reads that one program adds up, where a row has more
@@ -59,12 +58,12 @@ def _dot(values, idx, g, out, D, R: tl.constexpr, READS: tl.constexpr, COLS: tl.
 
 
 @triton.jit
-def _sum_of_reads(order, weights, g, first, last, col_C, D, R: tl.constexpr, READS: tl.constexpr, COLS: tl.constexpr):
-    """`w * g` added up over the reads `order[first:last]`, which are positions in `[T, R]`."""
+def _sum_of_reads(places, weights, g, first, last, col_C, D, R: tl.constexpr, READS: tl.constexpr, COLS: tl.constexpr):
+    """`w * g` added up over the reads `places[first:last]`, which are places in `[T, R]`."""
     sum_RC = tl.zeros((READS, COLS), tl.float32)
     for start in range(first, last, READS):
         at_R = start + tl.arange(0, READS)
-        read_R = tl.load(order + at_R, mask=at_R < last, other=0)
+        read_R = tl.load(places + at_R, mask=at_R < last, other=0).to(tl.int64)
         weight_R = tl.load(weights + read_R, mask=at_R < last, other=0.0)
         inside_RC = (at_R < last)[:, None] & (col_C < D)[None, :]
         g_RC = tl.load(g + (read_R // R)[:, None] * D + col_C[None, :], mask=inside_RC, other=0.0)
@@ -74,10 +73,11 @@ def _sum_of_reads(order, weights, g, first, last, col_C, D, R: tl.constexpr, REA
 
 @triton.jit
 def _chunk_sums(
-    order,
+    places,
     weights,
     g,
-    bounds,
+    starts,
+    reads,
     chunk_ends,
     chunk_row,
     out,
@@ -94,19 +94,19 @@ def _chunk_sums(
     col_C = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
     row = tl.load(chunk_row + chunk)
     if row < t:
-        begin = tl.load(bounds + row)
-        chunks = (tl.load(bounds + row + 1) - begin) // SIZE
-        first = begin + (chunk - (tl.load(chunk_ends + row) - chunks)) * SIZE
-        sum_C = _sum_of_reads(order, weights, g, first, first + SIZE, col_C, D, R, READS, COLS)
+        first_chunk = tl.load(chunk_ends + row) - tl.load(reads + row) // SIZE
+        first = tl.load(starts + row) + (chunk - first_chunk) * SIZE
+        sum_C = _sum_of_reads(places, weights, g, first, first + SIZE, col_C, D, R, READS, COLS)
         tl.store(out + chunk.to(tl.int64) * D + col_C, sum_C, mask=col_C < D)
 
 
 @triton.jit
 def _row_sums(
-    order,
+    places,
     weights,
     g,
-    bounds,
+    starts,
+    reads,
     chunk_ends,
     chunk_sums,
     grad,
@@ -120,15 +120,16 @@ def _row_sums(
     blocks = tl.cdiv(D, COLS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col_C = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
-    begin, end = tl.load(bounds + row), tl.load(bounds + row + 1)
+    begin = tl.load(starts + row)
+    count = tl.load(reads + row)
     last = tl.load(chunk_ends + row)
-    chunks = (end - begin) // SIZE
+    chunks = count // SIZE
     sum_RC = tl.zeros((READS, COLS), tl.float32)
     for start in range(last - chunks, last, READS):
         chunk_R = start + tl.arange(0, READS)
         inside_RC = (chunk_R < last)[:, None] & (col_C < D)[None, :]
-        sum_RC += tl.load(chunk_sums + chunk_R[:, None] * D + col_C[None, :], mask=inside_RC, other=0.0)
-    rest_C = _sum_of_reads(order, weights, g, begin + chunks * SIZE, end, col_C, D, R, READS, COLS)
+        sum_RC += tl.load(chunk_sums + chunk_R.to(tl.int64)[:, None] * D + col_C[None, :], mask=inside_RC, other=0.0)
+    rest_C = _sum_of_reads(places, weights, g, begin + chunks * SIZE, begin + count, col_C, D, R, READS, COLS)
     at_C = grad + row * D + col_C
     tl.store(at_C, tl.load(at_C, mask=col_C < D) + tl.sum(sum_RC, 0) + rest_C, mask=col_C < D)
 
@@ -197,27 +198,35 @@ def _(values_ND: Tensor, idx_TR: Tensor, g_TD: Tensor) -> Tensor:
     return g_TD.new_empty(idx_TR.shape)
 
 
-def add_row_gradient(grad_tD: Tensor, rows_t: Tensor, idx_TR: Tensor, w_TR: Tensor, g_TD: Tensor) -> None:
-    """Add to `grad_tD` the gradient of the rows `rows_t` (ascending) from the factors of one backward pass, in place.
+def add_row_gradient(
+    grad_tD: Tensor, places_P: Tensor, starts_t: Tensor, reads_t: Tensor, w_TR: Tensor, g_TD: Tensor
+) -> None:
+    """Add to `grad_tD` the gradient of t rows from the factors of one backward pass, in place.
 
-    The reads of a row are put side by side by a stable sort. A row that many tokens read is cut into chunks of CHUNK
-    reads, which are added up side by side, then in order; nothing waits for the device to say how many there are.
+    A row that many tokens read is cut into chunks of CHUNK reads, which are added up side by side, then in order;
+    nothing waits for the device to say how many there are.
+
+    Args:
+        grad_tD: float32.
+        places_P: int32, the places of all `P = T * R` reads in `[T, R]`, row by row.
+        starts_t: int32, where a row's reads begin among them.
+        reads_t: int32, how many it has.
+        w_TR: the weights of the reads.
+        g_TD: the gradient of the weighted row sum.
     """
     _check(grad_tD, w_TR)
-    (T, R), (t, D) = idx_TR.shape, grad_tD.shape
+    (T, R), (t, D) = w_TR.shape, grad_tD.shape
     if T * R * t * D == 0:
         return
-    slot, chosen = find(rows_t, idx_TR.flatten().long())
-    slot = torch.where(chosen, slot, t).int()  # reads of other rows come last
-    slot, order = torch.sort(slot, stable=True)
-    bounds = torch.searchsorted(slot, torch.arange(t + 1, device=slot.device, dtype=slot.dtype))
-    chunk_ends = (bounds.diff() // CHUNK).cumsum(0)
+    chunk_ends_t = (reads_t // CHUNK).cumsum(0, dtype=torch.int32)
     most = T * R // CHUNK
-    chunk_row = torch.searchsorted(chunk_ends, torch.arange(most, device=slot.device), right=True)
+    chunk_row = torch.searchsorted(
+        chunk_ends_t, torch.arange(most, device=w_TR.device, dtype=torch.int32), right=True, out_int32=True
+    )
     chunk_sums = grad_tD.new_empty(most, D)
     cols = _columns(grad_tD)
     blocks = triton.cdiv(D, cols)
-    reads = (order, w_TR.contiguous(), g_TD.contiguous(), bounds, chunk_ends)
+    reads = (places_P, w_TR.contiguous(), g_TD.contiguous(), starts_t, reads_t, chunk_ends_t)
     sizes = {"R": R, "SIZE": CHUNK, "READS": 16, "COLS": cols, "num_warps": 4}
     with torch.cuda.device_of(grad_tD):
         if most:
