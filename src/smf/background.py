@@ -89,14 +89,16 @@ class Background:
 
         Spared rows count as read by every document, as often as the most-read row is.
         """
-        counts = self.layers[layer]
-        position_R, found_R = find(counts.ids, rows_R.cpu())
-        b_R, df_R = torch.zeros(2, len(found_R), dtype=torch.float64)
-        b_R[found_R] = counts.b[position_R[found_R]].double()
-        df_R[found_R] = counts.df[position_R[found_R]].double()
-        spared_R = self.spared(layer, rows_R.cpu())
-        b_R[spared_R], df_R[spared_R] = float(counts.b.max()) if len(counts.b) else 1.0, float(self.n_docs)
-        return b_R.to(rows_R.device), df_R.to(rows_R.device)
+        counts, device = self.layers[layer], rows_R.device
+        b_R, df_R = torch.zeros(2, len(rows_R), dtype=torch.float64, device=device)
+        if len(counts.ids):
+            place_R, found_R = find(counts.ids.to(device), rows_R)
+            b_R, df_R = (c.to(device)[place_R].double().masked_fill_(~found_R, 0.0) for c in (counts.b, counts.df))
+        if len(counts.spared):
+            spared_R = self.spared(layer, rows_R)
+            b_R.masked_fill_(spared_R, float(counts.b.max()) if len(counts.b) else 1.0)
+            df_R.masked_fill_(spared_R, float(self.n_docs))
+        return b_R, df_R
 
     def spared(self, layer: int, rows_R: Tensor) -> Tensor:
         """Which of the rows are to be chosen last, `[R]`, bool."""

@@ -34,9 +34,8 @@ def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor, kernels: 
         like: the table, for width, dtype and device.
         kernels: by Triton (`smf.use_kernels`).
     """
-    grad_tD = torch.zeros(len(rows_t), like.shape[1], dtype=torch.promote_types(like.dtype, torch.float32)).to(
-        like.device
-    )
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    grad_tD = torch.zeros(len(rows_t), like.shape[1], dtype=dtype, device=like.device)
     for f in factors:
         ids, places = f.by_row
         wanted_t = rows_t.to(ids.dtype)

@@ -292,6 +292,7 @@ class ProductKeyMemory:
     def note_old_rows(self, rows_t: Tensor) -> None:
         """Keep what rows are now, where a training keeps what it changes and does not know them yet."""
         if self.journal is not None and self.journal.table is None:
+            self.journal.rows.to(self.values.device)
             new = self.journal.rows.missing(rows_t.to(self.values.device))
             self.journal.rows.add(new, old=self.values.detach()[new])
 

@@ -20,7 +20,7 @@ from .fingerprint import is_memory_parameter
 from .gradient import parts_by_example, row_gradient
 from .memory import Factors, Journal, ProductKeyMemory, memory_layers, unwrap
 from .provenance import Parts, Writers, add_up
-from .rows import RowStore, find
+from .rows import RowStore, find, union
 from .selection import ReadsKind, Rule, count_reads, find_rule, hub_share, score_rows, select_rows
 from .shape import seeded
 from .tokens import ExampleIds
@@ -213,14 +213,13 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             grads.append(row_gradient(group, rows, memory.values, memory.kernels))
             if self._writers is not None:
                 parts.append(ranks.sum_by_id(*add_up(*parts_by_example(group, rows, memory.values, memory.kernels))))
-        device = memory.values.device
-        empty = torch.empty(0, dtype=torch.int64, device=device)
         report.hub_share[layer] = sum(hubs) / max(1, len(hubs))
-        report.rows_read[layer] = len(torch.unique(torch.cat([empty, *rows_read])))
-        report.rows[layer] = rows = torch.unique(torch.cat([empty, *chosen]))
-        grad_tD = row_gradient([], rows, memory.values)
-        for ids, grad in zip(chosen, grads, strict=True):
-            grad_tD[find(rows, ids)[0]] += grad  # ids are unique within a group
+        report.rows_read[layer] = len(union(rows_read, memory.values.device))
+        report.rows[layer] = rows = union(chosen, memory.values.device)
+        grad_tD = grads[0] if len(grads) == 1 else row_gradient([], rows, memory.values)
+        if len(grads) != 1:
+            for ids, grad in zip(chosen, grads, strict=True):
+                grad_tD[find(rows, ids)[0]] += grad  # ids are unique within a group
         ranks.mean_(grad_tD)
         return grad_tD, parts
 
@@ -243,6 +242,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
 
     def _update_rows(self, rows: dict[int, Tensor], grads: dict[int, Tensor], parts: dict[int, Parts]) -> None:
         for layer, memory in self.memories.items():
+            self._moments[layer].to(memory.values.device)  # the model may have moved since the optimizer was made
             memory.note_old_rows(rows[layer])
             if self._table_adamw is not None:
                 memory.values.grad = torch.zeros_like(memory.values)

@@ -157,7 +157,6 @@ def score_rows(
         raise ConfigError(f"the rule returned {got}; it must return one score for each of {len(reads.c_R)} rows read")
     if bool(scores_R.isnan().any()):
         raise ConfigError(f"the rule returned NaN for {int(scores_R.isnan().sum())} of {len(scores_R)} rows")
-    spared_R = None if background is None else background.spared(layer, reads.rows_R)
-    if spared_R is not None and bool(spared_R.any()):
-        scores_R = scores_R.to(device, torch.float64).masked_fill(spared_R, -torch.inf)
+    if background is not None and len(background.layers[layer].spared):
+        scores_R = scores_R.to(device, torch.float64).masked_fill(background.spared(layer, reads.rows_R), -torch.inf)
     return scores_R.to(device)

@@ -2,8 +2,10 @@
 
 Each adds in float32 and in an order that the sizes fix, with no atomics: a repeat on one machine is bit-equal. For the
 same reason block sizes are constants and not autotuned. The kernels only move bytes, 2 FLOPs for each number of a row:
-what counts is that many rows are on their way at a time, which is what a tile of READS rows x COLS columns is for.
-Measured by benchmarks/gpu.py. Shape letters: T tokens, R reads a token, N rows, D model width, t chosen rows.
+what counts is that many rows are on their way at a time, which is what a tile of READS rows x COLS columns is for
+(8 KiB, read by two warps: the best of some thirty tried on an H200, or near it). Measured by benchmarks/gpu.py.
+
+Shape letters: T tokens, R reads a token, N rows, D model width, t chosen rows.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -145,22 +147,25 @@ def _check(values_ND: Tensor, other: Tensor) -> None:
         )
 
 
-def _columns(table: Tensor) -> int:
-    """Columns of a tile: a warp's 32 threads read 16 bytes each."""
-    return 512 // table.element_size()
-
-
 # Operators of torch, so that torch.compile does not look inside and breaks no graph.
 @torch.library.custom_op("smf::weighted_row_sum", mutates_args=())
 def weighted_row_sum(values_ND: Tensor, idx_TR: Tensor, w_TR: Tensor) -> Tensor:
     """`o[t] = sum over r of w[t, r] * values[idx[t, r]]`, `[T, D]` in float32; see `memory.weighted_row_sum`."""
     _check(values_ND, w_TR)
-    (T, R), D, cols = idx_TR.shape, values_ND.shape[1], _columns(values_ND)
+    (T, R), D = idx_TR.shape, values_ND.shape[1]
     out_TD = w_TR.new_empty(T, D)
     if out_TD.numel():
         with torch.cuda.device_of(values_ND):
-            _weighted_sum[(T * triton.cdiv(D, cols),)](
-                values_ND, idx_TR.contiguous(), w_TR.contiguous(), out_TD, D, R, READS=16, COLS=cols, num_warps=4
+            _weighted_sum[(T * triton.cdiv(D, 256),)](
+                values_ND,
+                idx_TR.contiguous(),
+                w_TR.contiguous(),
+                out_TD,
+                D,
+                R,
+                READS=32 // values_ND.element_size(),
+                COLS=256,
+                num_warps=2,
             )
     return out_TD
 
@@ -177,18 +182,17 @@ def row_dot(values_ND: Tensor, idx_TR: Tensor, g_TD: Tensor) -> Tensor:
     (T, R), D = idx_TR.shape, values_ND.shape[1]
     out_TR = g_TD.new_empty(T, R)
     if out_TR.numel():
-        reads = min(16, triton.next_power_of_2(R))
         with torch.cuda.device_of(values_ND):
-            _dot[(T * triton.cdiv(R, reads),)](
+            _dot[(T * triton.cdiv(R, 16),)](
                 values_ND,
                 idx_TR.contiguous(),
                 g_TD.contiguous(),
                 out_TR,
                 D,
                 R,
-                READS=reads,
-                COLS=_columns(values_ND),
-                num_warps=4,
+                READS=16,
+                COLS=512 // values_ND.element_size(),
+                num_warps=2,
             )
     return out_TR
 
@@ -224,10 +228,9 @@ def add_row_gradient(
         chunk_ends_t, torch.arange(most, device=w_TR.device, dtype=torch.int32), right=True, out_int32=True
     )
     chunk_sums = grad_tD.new_empty(most, D)
-    cols = _columns(grad_tD)
-    blocks = triton.cdiv(D, cols)
+    blocks = triton.cdiv(D, 256)
     reads = (places_P, w_TR.contiguous(), g_TD.contiguous(), starts_t, reads_t, chunk_ends_t)
-    sizes = {"R": R, "SIZE": CHUNK, "READS": 16, "COLS": cols, "num_warps": 4}
+    sizes = {"R": R, "SIZE": CHUNK, "READS": 8, "COLS": 256, "num_warps": 2}
     with torch.cuda.device_of(grad_tD):
         if most:
             _chunk_sums[(most * blocks,)](*reads, chunk_row, chunk_sums, t, D, **sizes)
