@@ -228,13 +228,18 @@ def gradient_case(kind: str, n_rows: int, width: int, which: str, repeats: int, 
     sets = [([Factors(*reads, None)], choose(reads[0], which)) for reads in draw_reads(kind, n_rows, width, tokens)]
     for (factors,), _ in sets:
         factors.by_row  # noqa: B018  # both sides need the reads sorted; a step sorts once, and counts by it too
-    sides: dict[str, Callable[[int], Tensor]] = {
-        "kernel": lambda i: row_gradient(*sets[i % SETS], like, True),
-        "torch": lambda i: row_gradient(*sets[i % SETS], like, False),
-    }
+
+    def multiplied(kernels: bool) -> Callable[[int], Tensor]:
+        def side(i: int) -> Tensor:
+            sets[i % SETS][0][0].kernels = kernels
+            return row_gradient(*sets[i % SETS], like)
+
+        return side
+
+    sides = {"kernel": multiplied(True), "torch": multiplied(False)}
     sorting = {"sort": lambda i: replace(sets[i % SETS][0][0]).by_row}
     (factors,), rows_t = sets[0]
-    factors = replace(factors, w_TR=factors.w_TR.double(), g_TD=factors.g_TD.double())
+    factors = replace(factors, w_TR=factors.w_TR.double(), g_TD=factors.g_TD.double(), kernels=False)
     exact = row_gradient([factors], rows_t, like.double())
     read = torch.isin(sets[0][0][0].idx_TR, rows_t.int()).double().mean()
     case: dict[str, Any] = {"ids": kind, "rows": n_rows, "width": width, "chosen": which, "share read": float(read)}
@@ -321,8 +326,8 @@ def prepare_sides(setup: qwen_shape.Setup, documents: list[dict[str, Tensor]]) -
             prepared = lora_in_bfloat16(setup, copy.deepcopy(base))
         else:
             prepared = qwen_shape.prepare(name.partition(",")[0], setup, copy.deepcopy(base), documents)[0]
-        if name == "smf, kernels":
-            smf.use_kernels(prepared.model)
+        if name.startswith("smf"):
+            smf.use_kernels(prepared.model, name == "smf, kernels")
         prepared.model.train()
         sides[name] = (prepared, torch.cuda.memory_allocated() - before)
     return sides
@@ -330,26 +335,26 @@ def prepare_sides(setup: qwen_shape.Setup, documents: list[dict[str, Tensor]]) -
 
 def step_part(given: argparse.Namespace, copy_gbs: float) -> dict[str, Any]:
     """The sides take turns of some steps; the first steps of a turn are not timed."""
-    given_setup = {"device": "cuda", "dtype": "bfloat16", "batch": given.batch, "length": given.length}
-    setup = qwen_shape.Setup(**given_setup, tiny=given.tiny, tokenizer=given.tokenizer, text=given.text)
+    same = ("batch", "length", "tiny", "tokenizer", "text", "warm_up", "steps", "turns")
+    setup = qwen_shape.Setup(device="cuda", dtype="bfloat16", **{name: getattr(given, name) for name in same})
     batches = read_batches(setup, 16)
     if given.tiny:
         batches = batches % 512
-    documents = [{"input_ids": ids} for ids in batches[0, :8].split(4)]
+    documents = [{"input_ids": ids} for ids in batches[0, : setup.documents].split(4)]
     sides = prepare_sides(setup, documents)
     held = {name: own for name, (_, own) in sides.items()}
     taken: dict[str, list[list[float]]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
     peaks = dict.fromkeys(sides, 0)
-    for turn in range(given.turns):
+    for turn in range(setup.turns):
         for name, (prepared, _) in sides.items():
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            first = turn * (given.warm_up + given.steps)
-            for i in range(given.warm_up + given.steps):
+            first = turn * (setup.warm_up + setup.steps)
+            for i in range(setup.warm_up + setup.steps):
                 marks, loss = timed_step(prepared, batches[(first + i) % len(batches)])
                 losses[name].append(loss)
-                if i >= given.warm_up:
+                if i >= setup.warm_up:
                     taken[name].append([a.elapsed_time(b) for a, b in pairwise(marks)])
             peaks[name] = max(peaks[name], held[name] + torch.cuda.max_memory_allocated() - before)
             held[name] += torch.cuda.memory_allocated() - before  # states of the optimizer, made in its first step

@@ -21,18 +21,12 @@ CACHE_ELEMENTS = (
 )  # g is read in slices of at most this many numbers (2 MiB in float32), which a core's cache holds
 
 
-def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor, kernels: bool = False) -> Tensor:
+def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor) -> Tensor:
     """Gradient `[t, D]` of the rows `rows_t` (ascending) from the factors of some backward passes.
 
     Each chosen row is the weighted sum of the gradients of the tokens that read it: an embedding bag over tokens, so
     that neither time nor memory depends on the size of the table. Many rows read the same token, so on a CPU columns
     are summed slice by slice: all of a slice's tokens stay in the cache (docs/speed.md).
-
-    Args:
-        factors: of one layer.
-        rows_t: which rows.
-        like: the table, for width, dtype and device.
-        kernels: by Triton (`smf.use_kernels`).
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     grad_tD = torch.zeros(len(rows_t), like.shape[1], dtype=dtype, device=like.device)
@@ -41,7 +35,7 @@ def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor, kernels: 
         wanted_t = rows_t.to(ids.dtype)
         starts_t = torch.searchsorted(ids, wanted_t, out_int32=True)
         reads_t = torch.searchsorted(ids, wanted_t, out_int32=True, right=True) - starts_t
-        if kernels:
+        if f.kernels:
             from .kernels import rows  # needs triton
 
             rows.add_row_gradient(grad_tD, places, starts_t, reads_t, f.w_TR, f.g_TD)
@@ -56,16 +50,13 @@ def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor, kernels: 
     return grad_tD
 
 
-def parts_by_example(
-    factors: list[Factors], rows_t: Tensor, like: Tensor, kernels: bool = False
-) -> tuple[Tensor, Tensor]:
+def parts_by_example(factors: list[Factors], rows_t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """The norm of what each example adds to the gradient of each of the rows `rows_t`, where it adds anything.
 
     Args:
         factors: with `examples_T`.
         rows_t: ascending.
         like: the table, for width and device.
-        kernels: by Triton.
 
     Returns:
         `pair_P`, a row and an example in one number (`provenance.pair`), and `norm_P` in float64; an example that is
@@ -84,7 +75,7 @@ def parts_by_example(
         read_TR = find(rows_t, f.idx_TR.flatten().long())[1].view(f.idx_TR.shape)
         both_P = torch.unique(split.idx_TR[read_TR])
         for some in both_P.split(max(1, GATHER_ELEMENTS // like.shape[1])):
-            norm = row_gradient([split], some, like, kernels).norm(dim=-1).double()
+            norm = row_gradient([split], some, like).norm(dim=-1).double()
             some, norm = some[norm > 0], norm[norm > 0]
             pairs.append(pair(some // len(examples_E), examples_E[some % len(examples_E)]))
             norms.append(norm)

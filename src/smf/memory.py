@@ -36,6 +36,7 @@ class Factors:
     g_TD: Tensor  # gradient of o, the weighted row sum
     mask_T: Tensor | None  # bool, tokens that are not pads; None: all are
     examples_T: Tensor | None = None  # int64, which example each token is of, where provenance is asked for
+    kernels: bool = False  # whether Triton kernels made them, and go on
 
     @functools.cached_property
     def by_row(self) -> tuple[Tensor, Tensor]:
@@ -262,6 +263,8 @@ class ProductKeyMemory:
         return self.example_ids.reshape(-1).repeat_interleave(tokens // self.example_ids.numel()).to(x.device)
 
     def _keeper(self, mask_T: Tensor | None, examples_T: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], None]:
+        kernels = self.kernels
+
         def keep(idx_TR: Tensor, w_TR: Tensor, g_TD: Tensor) -> None:
             if not self.attached:
                 raise TrainingError(
@@ -270,7 +273,7 @@ class ProductKeyMemory:
                     "Trainer(..., optimizers=(smf.SparseMemoryOptimizer(model, background, lr=...), None)); "
                     "to train something else beside a frozen memory, load it with is_trainable=False."
                 )
-            self._pending.append(Factors(idx_TR, w_TR.detach(), g_TD, mask_T, examples_T))
+            self._pending.append(Factors(idx_TR, w_TR.detach(), g_TD, mask_T, examples_T, kernels))
 
         return keep
 
@@ -366,9 +369,9 @@ def memory_layers(model: nn.Module, adapter: str | None = None) -> dict[int, Pro
 
 
 def use_kernels(model: nn.Module, on: bool = True) -> None:
-    """Let Triton kernels, not PyTorch's operators, read and add up the rows of every memory of the model; off at start.
+    """Let Triton kernels, not PyTorch's operators, read and add up the rows of every memory of the model; off at first.
 
-    They compute the same in float32 in another order, and need triton and the model on a CUDA device. How much
+    They compute the same in float32, in another order, and need triton and the model on a CUDA device. How much
     faster they are: docs/kernels.md.
 
     Args:
@@ -376,8 +379,8 @@ def use_kernels(model: nn.Module, on: bool = True) -> None:
         on: False turns them off.
 
     Raises:
-        ConfigError: without triton, without memory layers, or where a table is neither on a CUDA device nor in
-            float32 or bfloat16; nothing is changed then.
+        ConfigError: without memory layers; without triton; or where a table is neither on a CUDA device nor in
+            float32 or bfloat16. Nothing is changed then.
     """
     memories = [memory for m in model.modules() if isinstance(m, MemoryHost) for memory in m.memories.values()]
     if not memories:

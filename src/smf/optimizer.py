@@ -210,9 +210,9 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             rows_read.append(reads.rows_R)
             hubs.append(hub_share(reads.hits_R, memory.shape.n_rows))
             chosen.append(rows)
-            grads.append(row_gradient(group, rows, memory.values, memory.kernels))
+            grads.append(row_gradient(group, rows, memory.values))
             if self._writers is not None:
-                parts.append(ranks.sum_by_id(*add_up(*parts_by_example(group, rows, memory.values, memory.kernels))))
+                parts.append(ranks.sum_by_id(*add_up(*parts_by_example(group, rows, memory.values))))
         report.hub_share[layer] = sum(hubs) / max(1, len(hubs))
         report.rows_read[layer] = len(union(rows_read, memory.values.device))
         report.rows[layer] = rows = union(chosen, memory.values.device)

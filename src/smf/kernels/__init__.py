@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-OFF = "or turn the kernels off: smf.use_kernels(model, False)"
+DTYPES = (torch.float32, torch.bfloat16)  # of tables
+OFF = "or let PyTorch's operators do it: smf.use_kernels(model, False)"
 
 
 def check_triton() -> None:
@@ -33,7 +34,7 @@ def check_table(values_ND: Tensor) -> None:
             f"the GPU kernels need the memory on a CUDA device, but its table is on {values_ND.device}{seen}: move "
             f'the model first (model.to("cuda")), {OFF}'
         )
-    if values_ND.dtype not in (torch.float32, torch.bfloat16):
+    if values_ND.dtype not in DTYPES:
         raise ConfigError(
             f"the GPU kernels read tables in float32 or bfloat16, not {values_ND.dtype}; cast the model, {OFF}"
         )
