@@ -53,7 +53,11 @@ def main() -> None:
     models = {"with": get_peft_model(sharing(base), memory).eval(), "without": base}
     ids = torch.randint(1000, (8, PROMPT), generator=torch.Generator().manual_seed(0))
     figures, seconds = {}, {}
-    for name, make, rows in (("prefill 512", prefill, 1), ("decode, batch 1", decoding, 1), ("decode, batch 8", decoding, 8)):
+    for name, make, rows in (
+        ("prefill 512", prefill, 1),
+        ("decode, batch 1", decoding, 1),
+        ("decode, batch 8", decoding, 8),
+    ):
         took = take_turns({side: make(model, ids[:rows]) for side, model in models.items()}, options.turns)
         figures[name], seconds[name] = compared(took, "with", "without"), spreads(took)
     result.write(figures={"times without memory": figures}, seconds=seconds)

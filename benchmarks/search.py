@@ -2,10 +2,10 @@
 
     python benchmarks/search.py
 
-Queries of four heads, 16 rows each, keys of width 256. `sums` scores both halves and adds up all pairs, the cheapest exact
-search; `products` multiplies each query with every whole key. The tokens of a turn are fewer for larger tables, so that
-the exact scores take 512 MiB at most. Queries that are given are searched: their own product is the same for all.
-Writes benchmarks/results/search.json.
+Queries of four heads, 16 rows each, keys of width 256. `sums` scores both halves and adds up all pairs, the cheapest
+exact search; `products` multiplies each query with every whole key. The tokens of a turn are fewer for larger tables,
+so that the exact scores take 512 MiB at most. Queries that are given are searched: their own product is the same for
+all. Writes benchmarks/results/search.json.
 """
 
 from __future__ import annotations
