@@ -9,8 +9,9 @@ clipping and optimizers are those of `medmcqa.toml`. With `--dtype bfloat16` the
 recipe with that `dtype`: base and full finetuning in bfloat16, the memory's table and LoRA's matrices in float32.
 
 Each side runs in a process of its own, so that its peak memory is its own; the sides take turns, and each turn gives a
-ratio to full finetuning. The first steps of a turn are not timed. Seconds on a GPU are those of CUDA events, its peak
+ratio to LoRA and to full finetuning. The first steps of a turn are not timed. Seconds on a GPU are those of CUDA events, its peak
 memory is torch.cuda.max_memory_allocated; on a CPU they are wall seconds, and the peak of the resident memory (Linux).
+Seconds of the processor stand beside them: with one thread (OMP_NUM_THREADS=1) other processes hardly change them.
 Losses are those of the first and the last step of the text, for each side the same steps in the same order.
 """
 
@@ -113,7 +114,10 @@ def make_base(setup: Setup) -> Any:
 
 
 def read_tokens(setup: Setup, count: int) -> torch.Tensor:
-    """`count` tokens of the text, from its start; where it ends it begins anew."""
+    """`count` tokens of the text, from its start; where it ends it begins anew. Random ones, where there is no text."""
+    if not setup.text:
+        vocabulary: Any = (TINY if setup.tiny else QWEN)["vocab_size"]
+        return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(0))
     opened = gzip.open if setup.text.endswith(".gz") else open
     with opened(setup.text, "rt", encoding="utf-8") as file:
         text = "\n\n".join(line for row in file if (line := json.loads(row)["text"].strip()))
@@ -269,7 +273,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", default=given.base, help="weights in place of random ones: a folder or hub name")
     parser.add_argument("--tiny", action="store_true", help="a base of three layers of width 32, to try this script")
     parser.add_argument("--tokenizer", default=given.tokenizer, help="folder or hub name; --base has its own")
-    parser.add_argument("--text", default=given.text, help="JSON lines with a text each; their tokens are read")
+    parser.add_argument("--text", default=given.text, help='JSON lines with a text each; "": random tokens')
     parser.add_argument("--device", choices=("cpu", "cuda"), default=given.device)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=given.dtype)
     parser.add_argument("--batch", type=int, default=given.batch, help="sequences of a step")
