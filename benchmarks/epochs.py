@@ -2,7 +2,7 @@
 
     python benchmarks/epochs.py
 
-Qwen2.5-0.5B's shape with random weights in float32, three memory layers; an epoch is two steps of 2 x 128 tokens, all
+Qwen2.5-0.5B's shape with random weights in float32, three memory layers; an epoch is two steps of 1 x 128 tokens, all
 of them learned. `floor` counts multiplications: what is left of an epoch's where the layers below the first memory have
 nothing to do. Writes benchmarks/results/epochs.json.
 """
@@ -23,7 +23,7 @@ from qwen_shape import QWEN
 from smf.epoch_cache import EpochCache
 from turns import Result, compared, parser, spreads, take_turns
 
-STEPS, BATCH, LENGTH = 2, 2, 128
+STEPS, BATCH, LENGTH = 2, 1, 128
 CASES = {  # layers of the memory, and size of the vocabulary
     "layers 10, 12, 14, vocabulary of Qwen2.5": ([10, 12, 14], QWEN["vocab_size"]),
     "layers 16, 18, 20, vocabulary of Qwen2.5": ([16, 18, 20], QWEN["vocab_size"]),

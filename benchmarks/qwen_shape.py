@@ -9,15 +9,17 @@ clipping and optimizers are those of `medmcqa.toml`. With `--dtype bfloat16` the
 recipe with that `dtype`: base and full finetuning in bfloat16, the memory's table and LoRA's matrices in float32.
 
 Each side runs in a process of its own, so that its peak memory is its own; the sides take turns, and each turn gives a
-ratio to LoRA and to full finetuning. The first steps of a turn are not timed. Seconds on a GPU are those of CUDA events, its peak
-memory is torch.cuda.max_memory_allocated; on a CPU they are wall seconds, and the peak of the resident memory (Linux).
-Seconds of the processor stand beside them: with one thread (OMP_NUM_THREADS=1) other processes hardly change them.
-Losses are those of the first and the last step of the text, for each side the same steps in the same order.
+ratio to LoRA and to full finetuning. The first steps of a turn are not timed. Seconds on a GPU are those of CUDA
+events, its peak memory is torch.cuda.max_memory_allocated; on a CPU they are wall seconds, and the peak of the resident
+memory (Linux). Seconds of the processor stand beside them: with one thread (OMP_NUM_THREADS=1) other processes hardly
+change them. Losses are those of the first and the last step of the text, for each side the same steps in the same
+order.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import json
 import os
@@ -77,6 +79,7 @@ class Setup:
     steps: int = 3
     turns: int = 3
     lora_dropout: float = -1.0
+    warm_up_length: int = 0
 
     def recipe(self) -> Recipe:
         """`medmcqa.toml`, whose methods the sides are; of a tiny base with a memory that fits it."""
@@ -199,9 +202,11 @@ def measure(side: str, setup: Setup) -> Turn:
     prepared.model.train()
     forget_peak(setup.device)
     timed, processor = [], []
-    for ids_BS in batches:
+    for number, ids_BS in enumerate(batches):
+        if number < setup.warm_up and setup.warm_up_length:
+            ids_BS = ids_BS[:, : setup.warm_up_length]
         started = time.process_time()
-        timed.append(seconds_of(lambda ids_BS=ids_BS: step(prepared, ids_BS), setup.device))
+        timed.append(seconds_of(functools.partial(step, prepared, ids_BS), setup.device))
         processor.append(time.process_time() - started)
     return Turn(
         parameters=parameters,
@@ -280,6 +285,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=given.length, help="tokens of a sequence")
     parser.add_argument("--documents", type=int, default=given.documents, help="sequences of the background")
     parser.add_argument("--warm-up", type=int, default=given.warm_up, help="steps of a turn that are not timed")
+    parser.add_argument("--warm-up-length", type=int, default=given.warm_up_length, help="tokens of theirs; 0: as many")
     parser.add_argument("--steps", type=int, default=given.steps, help="steps of a turn that are timed")
     parser.add_argument("--turns", type=int, default=given.turns, help="turns of each side")
     parser.add_argument("--lora-dropout", type=float, default=given.lora_dropout, help="none: the recipe's")
