@@ -2,10 +2,10 @@
 
     python benchmarks/row_step.py
 
-From given reads (8,192 tokens x 64, by a Zipf law over 16,384 distinct rows of the table) to updated rows: count, choose
-512 by kl, multiply out their gradient, clip, Adam. The table has 16k, 262k, 1M and 4M rows of width 896, the last in
-bfloat16. `papers` is what arXiv 2605.03229 and its code do with the same reads: the dense gradient of the table by
-autograd, kl over all rows, a mask on the gradient, AdamW on the table. Its forward pass is not timed, nor is ours.
+From given reads (8,192 tokens x 64, by a Zipf law over 16,384 distinct rows of the table) to updated rows: count,
+choose 512 by kl, multiply out their gradient, clip, Adam. The table has 16k, 262k, 1M and 4M rows of width 896, the
+last in bfloat16. `papers` is what arXiv 2605.03229 and its code do with the same reads: the dense gradient of the table
+by autograd, kl over all rows, a mask on the gradient, AdamW on the table. Its forward pass is not timed, nor is ours.
 `layer` is a whole memory layer, forward, backward and step, whose scores grow with the square root of the table.
 
 Two tables take turns at a time, the smallest being one of them. Memory is that of processes of their own, beyond the
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import smf
 from memory_growth import Setup, build
 from smf.memory import Factors
-from turns import Result, alone, bandwidth, compared, multiplications, parser, peak_growth, spread, spreads, take_turns
+from turns import Result, alone, bandwidth, compared, multiplications, parser, peak_growth, spreads, take_turns
 
 D, TOKENS, READS, CHOSEN, DISTINCT = 896, 8192, 64, 512, 2**14
 SIZES = {"16k": 128, "262k": 512, "1M": 1024, "4M": 2048}  # n_keys, by what the table is called

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .config import TRAINED, SparseMemoryConfig
 from .decoder import default_layers, find_decoder, refuse_base
 from .errors import ConfigError, SmfError, UnsupportedModelError
-from .frozen import FrozenBelow
 from .fingerprint import base_hash
+from .frozen import FrozenBelow
 from .memory import KINDS, MemoryHost, MemoryShape, ProductKeyMemory
 from .table_rows import VALUES, changed_rows, check_sizes, with_whole_tables
 from .tokens import TokenMask

@@ -16,9 +16,7 @@ from .memory import GATHER_ELEMENTS, Factors
 from .provenance import pair
 from .rows import find
 
-CACHE_ELEMENTS = (
-    2**19
-)  # g is read in slices of at most this many numbers (2 MiB in float32), which a core's cache holds
+CACHE_ELEMENTS = 2**19  # g is read in slices of so many numbers at most (2 MiB in float32), which a cache holds
 
 
 def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor) -> Tensor:

@@ -110,9 +110,8 @@ def count_reads(factors: list[Factors], kind: ReadsKind, device: torch.device) -
         rows, hits = torch.unique_consecutive(ids, return_counts=True)
         amounts = (f.w_TR * f.g_TD.norm(dim=-1, keepdim=True)).flatten()[places] if kind == "gradient" else None
         parts.append((rows.long(), hits, amounts))
-    rows_R = torch.unique(
-        torch.cat([torch.empty(0, dtype=torch.int64, device=device), *(rows for rows, _, _ in parts)])
-    )
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    rows_R = torch.unique(torch.cat([none, *(rows for rows, _, _ in parts)]))
     hits_R = torch.zeros_like(rows_R)
     c_R = torch.zeros(len(rows_R), dtype=torch.float64, device=rows_R.device)
     for rows, hits, amounts in parts:
