@@ -19,7 +19,7 @@ from smf.gradient import row_gradient
 from smf.kernels import rows as kernels
 from smf.memory import Factors, row_dot, weighted_row_sum
 
-# tokens, reads a token, rows, width; hub: every token reads row 3; sizes that fit no tile, and one that fits all
+# tokens, reads a token, rows, width; hub: every token reads rows 3 and 6; sizes that fit no tile, and one that fits all
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SHAPES = {
     "one number": (1, 1, 4, 1),
@@ -37,7 +37,8 @@ def data(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]
     values_ND = torch.randn(N, D, generator=generator).to(dtype)
     idx_TR = torch.randint(0, N, (T, R), generator=generator, dtype=torch.int32)
     if name == "hub":
-        idx_TR[:, 1] = idx_TR[:, 2] = 3  # a hundred reads and more, each token's twice
+        idx_TR[:, 1] = idx_TR[::2, 0] = 3  # some tokens read it twice
+        idx_TR[:, 2] = 6  # a second hub, whose chunks come behind the first one's
     w_TR, g_TD = torch.rand(T, R, generator=generator), torch.randn(T, D, generator=generator)
     return values_ND.to(DEVICE), idx_TR.to(DEVICE), w_TR.to(DEVICE), g_TD.to(DEVICE)
 
