@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# 4 x 256 random tokens, against LoRA without dropout and full finetuning
+TRAIN_STEP := --batch 4 --length 256 --documents 1 --text "" --lora-dropout 0 --warm-up-length 16 --output benchmarks/results/train_step.json
+
 .PHONY: help demo test test-all lint bench clean
 
 help:                   ## this list
@@ -30,8 +33,9 @@ lint: $(STAMP)          ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(STAMP)         ## benchmarks; results go to benchmarks/results/
-	$(BIN)/python benchmarks/memory_growth.py
+bench: $(STAMP)         ## benchmarks, about an hour on two idle cores; results go to benchmarks/results/ (docs/speed.md)
+	for name in memory_growth row_step search background reading epochs demo; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/qwen_shape.py $(TRAIN_STEP)
 
 clean:                  ## remove the environment and builds
 	rm -rf $(VENV) dist build

@@ -81,7 +81,7 @@ def resident(which: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {which}")
 
 
-def build(setup: Setup) -> peft.PeftModel:
+def build(setup: Setup, **options: str) -> peft.PeftModel:
     """A one-layer base with a memory whose table is written in full, so that its pages are resident."""
     torch.manual_seed(0)
     base = Qwen2ForCausalLM(
@@ -96,7 +96,7 @@ def build(setup: Setup) -> peft.PeftModel:
         )
     )
     sizes = {name: getattr(setup, name) for name in ("n_keys", "heads", "knn", "k_dim")}
-    return get_peft_model(base, smf.SparseMemoryConfig(layers=[0], init="paper", **sizes))
+    return get_peft_model(base, smf.SparseMemoryConfig(layers=[0], **({"init": "paper"} | options), **sizes))
 
 
 def measure(setup: Setup) -> Figures:

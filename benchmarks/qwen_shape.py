@@ -9,14 +9,17 @@ clipping and optimizers are those of `medmcqa.toml`. With `--dtype bfloat16` the
 recipe with that `dtype`: base and full finetuning in bfloat16, the memory's table and LoRA's matrices in float32.
 
 Each side runs in a process of its own, so that its peak memory is its own; the sides take turns, and each turn gives a
-ratio to full finetuning. The first steps of a turn are not timed. Seconds on a GPU are those of CUDA events, its peak
-memory is torch.cuda.max_memory_allocated; on a CPU they are wall seconds, and the peak of the resident memory (Linux).
-Losses are those of the first and the last step of the text, for each side the same steps in the same order.
+ratio to LoRA and to full finetuning. The first steps of a turn are not timed. Seconds on a GPU are those of CUDA
+events, its peak memory is torch.cuda.max_memory_allocated; on a CPU they are wall seconds, and the peak of the resident
+memory (Linux). Seconds of the processor stand beside them: with one thread (OMP_NUM_THREADS=1) other processes hardly
+change them. Losses are those of the first and the last step of the text, for each side the same steps in the same
+order.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import json
 import os
@@ -75,10 +78,15 @@ class Setup:
     warm_up: int = 1
     steps: int = 3
     turns: int = 3
+    lora_dropout: float = -1.0
+    warm_up_length: int = 0
 
     def recipe(self) -> Recipe:
         """`medmcqa.toml`, whose methods the sides are; of a tiny base with a memory that fits it."""
         recipe = load_recipe("medmcqa.toml")
+        if self.lora_dropout >= 0:
+            lora = replace(recipe.methods["lora"], dropout=self.lora_dropout)
+            recipe = replace(recipe, methods=recipe.methods | {"lora": lora})
         return replace(recipe, memory=MemoryOptions([1], 16, 2, 4, 16)) if self.tiny else recipe
 
 
@@ -91,6 +99,7 @@ class Turn:
     attach: float
     background: float  # reading all documents; of smf alone
     steps: list[float]
+    processor: list[float]  # seconds of the processor for each of the steps, which other processes hardly touch
     loaded: int  # memory with the base alone
     peak: int  # memory in the steps
     first_loss: float
@@ -108,7 +117,10 @@ def make_base(setup: Setup) -> Any:
 
 
 def read_tokens(setup: Setup, count: int) -> torch.Tensor:
-    """`count` tokens of the text, from its start; where it ends it begins anew."""
+    """`count` tokens of the text, from its start; where it ends it begins anew. Random ones, where there is no text."""
+    if not setup.text:
+        vocabulary: Any = (TINY if setup.tiny else QWEN)["vocab_size"]
+        return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(0))
     opened = gzip.open if setup.text.endswith(".gz") else open
     with opened(setup.text, "rt", encoding="utf-8") as file:
         text = "\n\n".join(line for row in file if (line := json.loads(row)["text"].strip()))
@@ -189,13 +201,20 @@ def measure(side: str, setup: Setup) -> Turn:
     prepared, attach, reading = prepare(side, setup, base, documents)
     prepared.model.train()
     forget_peak(setup.device)
-    timed = [seconds_of(lambda ids_BS=ids_BS: step(prepared, ids_BS), setup.device) for ids_BS in batches]
+    timed, processor = [], []
+    for number, ids_BS in enumerate(batches):
+        if number < setup.warm_up and setup.warm_up_length:
+            ids_BS = ids_BS[:, : setup.warm_up_length]
+        started = time.process_time()
+        timed.append(seconds_of(functools.partial(step, prepared, ids_BS), setup.device))
+        processor.append(time.process_time() - started)
     return Turn(
         parameters=parameters,
         trained=prepared.trained,
         attach=attach,
         background=reading,
         steps=[seconds for seconds, _ in timed[setup.warm_up :]],
+        processor=processor[setup.warm_up :],
         loaded=loaded,
         peak=peak_memory(setup.device),
         first_loss=timed[0][1],
@@ -210,22 +229,28 @@ def measure_alone(side: str, setup: Setup) -> Turn:
     return Turn(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def figures(turns: list[Turn], full: list[Turn], tokens: int) -> dict[str, Any]:
-    """Medians and spread of a side's turns, and of their ratios to full finetuning's, turn by turn."""
+def figures(turns: list[Turn], others: dict[str, list[Turn]], tokens: int) -> dict[str, Any]:
+    """Medians and spread of a side's turns, and of their ratios to LoRA's and full finetuning's, turn by turn."""
     steps = [statistics.median(turn.steps) for turn in turns]
-    against = [statistics.median(turn.steps) for turn in full]
     measured = {
         "seconds a step": steps,
         "tokens a second": [tokens / seconds for seconds in steps],
-        "times full's seconds": [own / other for own, other in zip(steps, against, strict=True)],
         "attach, seconds": [turn.attach for turn in turns],
         "background, seconds": [turn.background for turn in turns],
         "peak memory, MiB": [turn.peak / 2**20 for turn in turns],
         "base alone, MiB": [turn.loaded / 2**20 for turn in turns],
-        "times full's peak": [own.peak / other.peak for own, other in zip(turns, full, strict=True)],
         "first loss": [turn.first_loss for turn in turns],
         "last loss": [turn.last_loss for turn in turns],
     }
+    for name, other in others.items():
+        pairs = list(zip(turns, other, strict=True))
+        measured |= {
+            f"times {name}'s seconds": [statistics.median(a.steps) / statistics.median(b.steps) for a, b in pairs],
+            f"times {name}'s processor seconds": [
+                statistics.median(a.processor) / statistics.median(b.processor) for a, b in pairs
+            ],
+            f"times {name}'s peak": [a.peak / b.peak for a, b in pairs],
+        }
     spread = {key: {"median": statistics.median(v), "least": min(v), "most": max(v)} for key, v in measured.items()}
     return {"parameters": turns[0].parameters, "trained": turns[0].trained} | spread
 
@@ -241,7 +266,7 @@ def report(setup: Setup, turns: dict[str, list[Turn]], busy: float) -> dict[str,
         "versions": versions(),
         "setup": asdict(setup),
         "methods": {side: asdict(recipe.methods[side]) for side in SIDES} | {"memory": asdict(recipe.memory)},
-        "results": {side: figures(turns[side], turns[SIDES[-1]], tokens) for side in SIDES},
+        "results": {side: figures(turns[side], {n: turns[n] for n in SIDES[1:]}, tokens) for side in SIDES},
         "turns": {side: [asdict(turn) for turn in turns[side]] for side in SIDES},
     }
 
@@ -253,15 +278,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", default=given.base, help="weights in place of random ones: a folder or hub name")
     parser.add_argument("--tiny", action="store_true", help="a base of three layers of width 32, to try this script")
     parser.add_argument("--tokenizer", default=given.tokenizer, help="folder or hub name; --base has its own")
-    parser.add_argument("--text", default=given.text, help="JSON lines with a text each; their tokens are read")
+    parser.add_argument("--text", default=given.text, help='JSON lines with a text each; "": random tokens')
     parser.add_argument("--device", choices=("cpu", "cuda"), default=given.device)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=given.dtype)
     parser.add_argument("--batch", type=int, default=given.batch, help="sequences of a step")
     parser.add_argument("--length", type=int, default=given.length, help="tokens of a sequence")
     parser.add_argument("--documents", type=int, default=given.documents, help="sequences of the background")
     parser.add_argument("--warm-up", type=int, default=given.warm_up, help="steps of a turn that are not timed")
+    parser.add_argument("--warm-up-length", type=int, default=given.warm_up_length, help="tokens of theirs; 0: as many")
     parser.add_argument("--steps", type=int, default=given.steps, help="steps of a turn that are timed")
     parser.add_argument("--turns", type=int, default=given.turns, help="turns of each side")
+    parser.add_argument("--lora-dropout", type=float, default=given.lora_dropout, help="none: the recipe's")
     parser.add_argument("--output", type=Path, help="none: benchmarks/results/qwen_shape_DEVICE.json")
     parser.add_argument("--side", choices=SIDES, help="measure one turn in this process and print it as JSON")
     parser.add_argument("--setup", help="of that turn, as JSON")

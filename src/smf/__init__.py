@@ -18,7 +18,7 @@ from .errors import (
     TrainingError,
     UnsupportedModelError,
 )
-from .memory import ProductKeyMemory, memory_layers
+from .memory import ProductKeyMemory, memory_layers, use_kernels
 from .optimizer import SparseMemoryOptimizer, StepReport
 from .patch import Patch
 from .patch_file import load_patch, save_patch
@@ -51,4 +51,5 @@ __all__ = [
     "read_background",
     "save_patch",
     "set_train",
+    "use_kernels",
 ]

@@ -19,6 +19,7 @@ from .config import TRAINED, SparseMemoryConfig
 from .decoder import default_layers, find_decoder, refuse_base
 from .errors import ConfigError, SmfError, UnsupportedModelError
 from .fingerprint import base_hash
+from .frozen import FrozenBelow
 from .memory import KINDS, MemoryHost, MemoryShape, ProductKeyMemory
 from .table_rows import VALUES, changed_rows, check_sizes, with_whole_tables
 from .tokens import TokenMask
@@ -177,6 +178,8 @@ class SparseMemoryModel(BaseTuner):
         if not isinstance(target, SparseMemoryLayer):
             existing = [m.tokens for m in self.model.modules() if isinstance(m, SparseMemoryLayer)]
             tokens = existing[0] if existing else TokenMask(self._decoder.owner)
+            if not existing:
+                tokens.handles += FrozenBelow(self._decoder).handles
             layer = SparseMemoryLayer(target, self._decoder.index(current_key), tokens)
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
@@ -224,7 +227,8 @@ class SparseMemoryModel(BaseTuner):
         layers = [m for m in self.model.modules() if isinstance(m, SparseMemoryLayer)]
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for layer in layers:
-            layer.tokens.handle.remove()
+            for handle in layer.tokens.handles:
+                handle.remove()
         return model
 
     def describe_trainable(self) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 from collections.abc import Iterable, Mapping, Sized
@@ -89,14 +90,16 @@ class Background:
 
         Spared rows count as read by every document, as often as the most-read row is.
         """
-        counts = self.layers[layer]
-        position_R, found_R = find(counts.ids, rows_R.cpu())
-        b_R, df_R = torch.zeros(2, len(found_R), dtype=torch.float64)
-        b_R[found_R] = counts.b[position_R[found_R]].double()
-        df_R[found_R] = counts.df[position_R[found_R]].double()
-        spared_R = self.spared(layer, rows_R.cpu())
-        b_R[spared_R], df_R[spared_R] = float(counts.b.max()) if len(counts.b) else 1.0, float(self.n_docs)
-        return b_R.to(rows_R.device), df_R.to(rows_R.device)
+        counts, device = self.layers[layer], rows_R.device
+        b_R, df_R = torch.zeros(2, len(rows_R), dtype=torch.float64, device=device)
+        if len(counts.ids):
+            place_R, found_R = find(counts.ids.to(device), rows_R)
+            b_R, df_R = (c.to(device)[place_R].double().masked_fill_(~found_R, 0.0) for c in (counts.b, counts.df))
+        if len(counts.spared):
+            spared_R = self.spared(layer, rows_R)
+            b_R.masked_fill_(spared_R, float(counts.b.max()) if len(counts.b) else 1.0)
+            df_R.masked_fill_(spared_R, float(self.n_docs))
+        return b_R, df_R
 
     def spared(self, layer: int, rows_R: Tensor) -> Tensor:
         """Which of the rows are to be chosen last, `[R]`, bool."""
@@ -272,6 +275,10 @@ def _checked(batch: Any) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": torch.as_tensor(positions)}
 
 
+class _AllRead(Exception):  # noqa: N818  (no error)
+    """The highest memory has read: what the model would compute from here on is not needed."""
+
+
 @torch.no_grad()
 def _read_batch(model: nn.Module, memories: dict, counts: dict, batch: dict[str, Tensor], corpus: Any) -> int:
     device = next(model.parameters()).device
@@ -284,13 +291,19 @@ def _read_batch(model: nn.Module, memories: dict, counts: dict, batch: dict[str,
     doc_T = doc_T.to(device)[mask_T]
 
     def observer(layer: int, memory: ProductKeyMemory):
-        return lambda idx_TR: counts[layer].add(idx_TR[mask_T], doc_T, memory.shape.n_rows)
+        def count(idx_TR: Tensor) -> None:
+            counts[layer].add(idx_TR[mask_T], doc_T, memory.shape.n_rows)
+            if layer == max(memories):
+                raise _AllRead
+
+        return count
 
     for layer, memory in memories.items():
         memory.observer = observer(layer, memory)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     accepted = inspect.signature(base.forward).parameters
     inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
-    inputs |= {"use_cache": False, "logits_to_keep": 1}  # the vocabulary's logits are not needed
-    model(**{name: value for name, value in inputs.items() if name in accepted})
+    inputs |= {"use_cache": False, "logits_to_keep": 1}  # where a memory is inactive and nothing stops the pass
+    with contextlib.suppress(_AllRead):
+        model(**{name: value for name, value in inputs.items() if name in accepted})
     return int(mask.any(-1).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from . import methods
 from .adapter import set_train
 from .base import base_config, check_models, load_tokenizer, on_this_machine
 from .data import Example, Loaded, ScoredSet, encode
+from .epoch_cache import disk_bytes
 from .errors import HubError, SmfError
 from .evaluate import SLICE
 from .harness import check_name
@@ -72,7 +74,9 @@ def dry_run(recipe: Recipe) -> Plan:
     else:
         plan.unchecked.append(f"the base {recipe.base} is on the hub and not in its cache: its layers, sizes, tokens")
     plan.base = _about_base(recipe, model, tokenizer)
-    examples, longest = _look_at_data(plan, recipe, tokenizer)
+    found = _look_at_data(plan, recipe, tokenizer)
+    examples, longest = _amounts(recipe, found)
+    _look_at_disk(plan, recipe, model, found.get("target.train"))
     for name, method in recipe.methods.items():
         trained = None if model is None else _try(plan, lambda method=method: _trained(recipe, method, model))
         plan.methods.append((name, method.kind, *_about_method(recipe, method, model, examples, longest, trained)))
@@ -111,12 +115,8 @@ def _about_base(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, str]:
 # -- what is read -----------------------------------------------------------------------------------------------------
 
 
-def _look_at_data(plan: Plan, recipe: Recipe, tokenizer: Any) -> tuple[int | None, int]:
-    """Note every set with its rows and tokens.
-
-    Returns:
-        The number of training examples, None where it is unknown, and the tokens of the longest scored sequence.
-    """
+def _look_at_data(plan: Plan, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
+    """Note every set with its rows and tokens; returns what could be loaded, by its table of the recipe."""
     here = replace(recipe, data=CACHE) if recipe.data == "hub" else recipe
     loaders: dict[str, Callable[[], Any]] = {"target.train": lambda: load_training(here, tokenizer)}
     scores = {each.table: each for each in asked(recipe).values()}
@@ -143,9 +143,30 @@ def _look_at_data(plan: Plan, recipe: Recipe, tokenizer: Any) -> tuple[int | Non
         if each.table not in sources(recipe):
             _look_at_task(plan, recipe, each)
     _look_for_overlaps(plan, recipe, found)
+    return found
+
+
+def _amounts(recipe: Recipe, found: dict[str, Any]) -> tuple[int | None, int]:
+    """The number of training examples, None where it is unknown, and the tokens of the longest scored sequence."""
     train, sets = found.get("target.train"), [each for each in found.values() if isinstance(each, ScoredSet)]
     lengths = [len(item.ids) for each in sets for item in (*each.items, *each.pages) if isinstance(item, Example)]
     return None if train is None else len(train), max([recipe.train.max_length, *lengths])
+
+
+def _look_at_disk(plan: Plan, recipe: Recipe, model: Any, train: list[Example] | None) -> None:
+    """Whether the disk has room for what `epoch_cache` keeps of the training examples, for the runs at a time."""
+    if not recipe.train.epoch_cache or model is None or train is None:
+        return
+    width, dtype = model.config.get_text_config().hidden_size, getattr(torch, recipe.dtype)
+    needed = disk_bytes((example.ids for example in train), width, dtype) * recipe.jobs
+    output = Path(recipe.output).absolute()
+    free = shutil.disk_usage(next(place for place in (output, *output.parents) if place.exists())).free
+    plan.base["epoch cache"] = f"at most {needed / 2**30:,.2f} GiB of disk, of {free / 2**30:,.2f} GiB free"
+    if needed > free:
+        plan.problems.append(
+            f"epoch_cache = true takes up to {needed / 2**30:,.2f} GiB of disk in {recipe.output}, which has "
+            f"{free / 2**30:,.2f} GiB free; make room, or leave it out"
+        )
 
 
 def _documents(recipe: Recipe, tokenizer: Any) -> list[Any]:

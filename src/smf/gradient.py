@@ -16,24 +16,35 @@ from .memory import GATHER_ELEMENTS, Factors
 from .provenance import pair
 from .rows import find
 
+CACHE_ELEMENTS = 2**19  # g is read in slices of so many numbers at most (2 MiB in float32), which a cache holds
+
 
 def row_gradient(factors: list[Factors], rows_t: Tensor, like: Tensor) -> Tensor:
     """Gradient `[t, D]` of the rows `rows_t` (ascending) from the factors of some backward passes.
 
     Each chosen row is the weighted sum of the gradients of the tokens that read it: an embedding bag over tokens, so
-    that neither time nor memory depends on the size of the table.
+    that neither time nor memory depends on the size of the table. Many rows read the same token, so on a CPU columns
+    are summed slice by slice: all of a slice's tokens stay in the cache (docs/speed.md).
     """
-    grad_tD = torch.zeros(len(rows_t), like.shape[1], dtype=torch.promote_types(like.dtype, torch.float32)).to(
-        like.device
-    )
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    grad_tD = torch.zeros(len(rows_t), like.shape[1], dtype=dtype, device=like.device)
     for f in factors:
-        slot, chosen = find(rows_t, f.idx_TR.flatten().long())
-        read = chosen.nonzero().squeeze(1)  # positions in the flattened [T, R]
-        slot_sorted, order = torch.sort(slot[read], stable=True)
-        read = read[order]
-        starts = torch.searchsorted(slot_sorted, torch.arange(len(rows_t), device=slot.device))
+        ids, places = f.by_row
+        wanted_t = rows_t.to(ids.dtype)
+        starts_t = torch.searchsorted(ids, wanted_t, out_int32=True)
+        reads_t = torch.searchsorted(ids, wanted_t, out_int32=True, right=True) - starts_t
+        if f.kernels:
+            from .kernels import rows  # needs triton
+
+            rows.add_row_gradient(grad_tD, places, starts_t, reads_t, f.w_TR, f.g_TD)
+            continue
+        offsets_t = reads_t.cumsum(0, dtype=torch.int32) - reads_t  # where each row's reads begin among all chosen
+        read = torch.arange(int(reads_t.sum()), dtype=torch.int32, device=ids.device)
+        read = places[read.add_((starts_t - offsets_t).repeat_interleave(reads_t))]
         token, weight = read // f.idx_TR.shape[1], f.w_TR.flatten()[read]
-        grad_tD += F.embedding_bag(token, f.g_TD, starts, per_sample_weights=weight, mode="sum")
+        columns = max(1, CACHE_ELEMENTS // max(1, len(f.g_TD))) if like.device.type == "cpu" else like.shape[1]
+        for grad, g in zip(grad_tD.split(columns, dim=1), f.g_TD.split(columns, dim=1), strict=True):
+            grad += F.embedding_bag(token, g.contiguous(), offsets_t, per_sample_weights=weight, mode="sum")
     return grad_tD
 
 

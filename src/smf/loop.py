@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .checkpoints import newest_complete, read_manifest, seal, step_of
 from .data import Collator, Example, pad_id
+from .epoch_cache import HIDDEN, EpochCache, why_not
 from .errors import ConfigError, Stopped, TrainingError
 from .evaluate import token_loss
 from .files import write_atomically, write_json
@@ -59,12 +61,15 @@ class RunTrainer(Trainer):
     on_the_way = ScoreOnTheWay({}, dict)
     seconds_before = 0.0  # of killed processes
     started = 0.0
+    cache: EpochCache | None = None
 
     def seconds(self) -> float:
         """Spent on training so far, without scoring and without what killed processes lost."""
         return self.seconds_before + time.perf_counter() - self.started - self.on_the_way.seconds
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.cache is not None:
+            self.cache.flush()
         super()._save_checkpoint(model, trial)
         loss, logged_at = self._tr_loss.clone(), self._globalstep_last_logged
         mean_(loss)  # over the ranks, as Trainer logs it
@@ -194,8 +199,11 @@ def fit(
         manifest = read_manifest(checkpoint)
         trainer.seconds_before = manifest["seconds"]
         trainer.add_callback(LossGoesOn(trainer, manifest))
+    trainer.cache = _open_cache(recipe, prepared.model, examples, folder, name)
     trainer.started = time.perf_counter()
-    with StopAtSigterm() as stop:
+    with StopAtSigterm() as stop, contextlib.ExitStack() as cleanup:
+        if trainer.cache is not None:
+            cleanup.callback(trainer.cache.close)
         trainer.add_callback(stop)  # last: a step is scored before it is saved
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -206,6 +214,21 @@ def fit(
         raise Stopped(f"{name}: stopped by SIGTERM after step {done} of {steps}; the same command goes on from there")
     skipping.refuse_diverged(steps)
     return Fitted(trainer.seconds(), len(skipping.steps))
+
+
+def _open_cache(
+    recipe: Recipe, model: nn.Module, examples: list[Example], folder: Path, name: str
+) -> EpochCache | None:
+    """The cache that a recipe asks for, where this method can have one; the reason is said where it cannot."""
+    if not recipe.train.epoch_cache:
+        return None
+    sequences = [example.ids for example in examples]
+    reason = why_not(model, sequences)
+    if reason is None:
+        return EpochCache(model, sequences, folder / HIDDEN)
+    if is_main():
+        print(f"smf: {name}: trains without epoch_cache: {reason}", file=sys.stderr)
+    return None
 
 
 def _arguments(recipe: Recipe, checkpoints: Path, steps: int, max_grad_norm: float) -> TrainingArguments:

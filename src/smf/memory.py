@@ -7,6 +7,7 @@ output. Shape letters: T tokens, D model width, H heads, K `knn`, R = H * K read
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError, TrainingError
+from .kernels import check_table, check_triton
 from .provenance import Writers
 from .rows import RowStore
 from .shape import MemoryShape
@@ -34,6 +36,13 @@ class Factors:
     g_TD: Tensor  # gradient of o, the weighted row sum
     mask_T: Tensor | None  # bool, tokens that are not pads; None: all are
     examples_T: Tensor | None = None  # int64, which example each token is of, where provenance is asked for
+    kernels: bool = False  # whether Triton kernels made them, and go on
+
+    @functools.cached_property
+    def by_row(self) -> tuple[Tensor, Tensor]:
+        """The row ids of all reads, ascending, and the place of each in the flattened `[T, R]` (int32), in order."""
+        ids, places = torch.sort(self.idx_TR.flatten(), stable=True)
+        return ids, places.to(torch.int32)
 
 
 @dataclass
@@ -46,8 +55,12 @@ class Journal:
     writers: Writers | None = None  # of all layers, where provenance is asked for
 
 
-def weighted_row_sum(values_ND: Tensor, idx_TR: Tensor, w_TR: Tensor) -> Tensor:
+def weighted_row_sum(values_ND: Tensor, idx_TR: Tensor, w_TR: Tensor, kernels: bool = False) -> Tensor:
     """`o[t] = sum over r of w[t, r] * values[idx[t, r]]`, `[T, D]`, in the dtype of the weights."""
+    if kernels:
+        from .kernels import rows  # needs triton
+
+        return rows.weighted_row_sum(values_ND, idx_TR, w_TR)
     if values_ND.dtype == w_TR.dtype:
         return F.embedding_bag(idx_TR, values_ND, per_sample_weights=w_TR, mode="sum")
     pieces = [
@@ -56,8 +69,12 @@ def weighted_row_sum(values_ND: Tensor, idx_TR: Tensor, w_TR: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def _row_dot(values_ND: Tensor, idx_TR: Tensor, g_TD: Tensor) -> Tensor:
+def row_dot(values_ND: Tensor, idx_TR: Tensor, g_TD: Tensor, kernels: bool = False) -> Tensor:
     """`values[idx[t, r]] . g[t]`, `[T, R]`: the gradient of the weights."""
+    if kernels:
+        from .kernels import rows
+
+        return rows.row_dot(values_ND, idx_TR, g_TD)
     pieces = [
         torch.bmm(values_ND[idx].to(g.dtype), g.unsqueeze(-1)).squeeze(-1)
         for idx, g in _pieces(values_ND, idx_TR, g_TD)
@@ -79,11 +96,19 @@ class _RowSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, w_TR: Tensor, anchor: Tensor, values_ND: Tensor, idx_TR: Tensor, keep: Callable | None):
-        ctx.keep = keep
+    def forward(
+        ctx: Any,
+        w_TR: Tensor,
+        anchor: Tensor,
+        values_ND: Tensor,
+        idx_TR: Tensor,
+        keep: Callable | None,
+        kernels: bool,
+    ):
+        ctx.keep, ctx.kernels = keep, kernels
         ctx.anchor_like = anchor
         ctx.save_for_backward(w_TR, values_ND, idx_TR)
-        return weighted_row_sum(values_ND, idx_TR, w_TR)
+        return weighted_row_sum(values_ND, idx_TR, w_TR, kernels)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -92,8 +117,8 @@ class _RowSum(torch.autograd.Function):
         w_TR, values_ND, idx_TR = ctx.saved_tensors
         if ctx.keep is not None:
             ctx.keep(idx_TR, w_TR, g_TD)
-        grad_w_TR = _row_dot(values_ND, idx_TR, g_TD) if ctx.needs_input_grad[0] else None
-        return grad_w_TR, torch.zeros_like(ctx.anchor_like), None, None, None
+        grad_w_TR = row_dot(values_ND, idx_TR, g_TD, ctx.kernels) if ctx.needs_input_grad[0] else None
+        return grad_w_TR, torch.zeros_like(ctx.anchor_like), None, None, None, None
 
 
 def _refuse_float16(dtype: torch.dtype) -> None:
@@ -126,6 +151,7 @@ class ProductKeyMemory:
         self.adapter = adapter
         self.base_hash = base_hash
         self._parameters = parameters
+        self.kernels = False  # whether Triton kernels read the rows: `use_kernels`
         self.observer: Callable[[Tensor], None] | None = None  # sees idx_TR of every forward (the background)
         self.example_ids: Tensor | None = None  # [B] or [B, S] of this forward pass, where provenance is asked for
         self.journal: Journal | None = None  # since the last optimizer was made
@@ -215,7 +241,7 @@ class ProductKeyMemory:
             idx_TR, w_TR = self.search(x_TD)
             if self.observer is not None:
                 self.observer(idx_TR)
-            o_TD = _RowSum.apply(w_TR, self.tensor("anchor"), self.values, idx_TR, keep)
+            o_TD = _RowSum.apply(w_TR, self.tensor("anchor"), self.values, idx_TR, keep, self.kernels)
             gated_TD = o_TD * F.silu(F.linear(x_TD, self.tensor("gate").to(dtype)))
             y_TD = F.linear(gated_TD, self.tensor("out").to(dtype))
             if self._shape.mode == "additive":
@@ -237,6 +263,8 @@ class ProductKeyMemory:
         return self.example_ids.reshape(-1).repeat_interleave(tokens // self.example_ids.numel()).to(x.device)
 
     def _keeper(self, mask_T: Tensor | None, examples_T: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], None]:
+        kernels = self.kernels
+
         def keep(idx_TR: Tensor, w_TR: Tensor, g_TD: Tensor) -> None:
             if not self.attached:
                 raise TrainingError(
@@ -245,7 +273,7 @@ class ProductKeyMemory:
                     "Trainer(..., optimizers=(smf.SparseMemoryOptimizer(model, background, lr=...), None)); "
                     "to train something else beside a frozen memory, load it with is_trainable=False."
                 )
-            self._pending.append(Factors(idx_TR, w_TR.detach(), g_TD, mask_T, examples_T))
+            self._pending.append(Factors(idx_TR, w_TR.detach(), g_TD, mask_T, examples_T, kernels))
 
         return keep
 
@@ -267,6 +295,7 @@ class ProductKeyMemory:
     def note_old_rows(self, rows_t: Tensor) -> None:
         """Keep what rows are now, where a training keeps what it changes and does not know them yet."""
         if self.journal is not None and self.journal.table is None:
+            self.journal.rows.to(self.values.device)
             new = self.journal.rows.missing(rows_t.to(self.values.device))
             self.journal.rows.add(new, old=self.values.detach()[new])
 
@@ -337,3 +366,30 @@ def memory_layers(model: nn.Module, adapter: str | None = None) -> dict[int, Pro
     if adapter is not None and adapter not in names:
         raise ConfigError(f"adapter {adapter!r} has no memory layers; adapters with some: {names}")
     return {host.layer: host.memories[adapter] for host in hosts if adapter in host.memories}
+
+
+def use_kernels(model: nn.Module, on: bool = True) -> None:
+    """Let Triton kernels, not PyTorch's operators, read and add up the rows of every memory of the model; off at first.
+
+    They compute the same in float32, in another order, and need triton and the model on a CUDA device. How much
+    faster they are: docs/kernels.md.
+
+    Args:
+        model: any model with memory layers, however wrapped. Memories that are attached later are not affected.
+        on: False turns them off.
+
+    Raises:
+        ConfigError: without memory layers; without triton; or where a table is neither on a CUDA device nor in
+            float32 or bfloat16. Nothing is changed then.
+    """
+    memories = [memory for m in model.modules() if isinstance(m, MemoryHost) for memory in m.memories.values()]
+    if not memories:
+        raise ConfigError(
+            "the model has no memory layers; attach them first: get_peft_model(model, SparseMemoryConfig())"
+        )
+    if on:
+        check_triton()
+        for memory in memories:
+            check_table(memory.values)
+    for memory in memories:
+        memory.kernels = on

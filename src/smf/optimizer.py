@@ -20,7 +20,7 @@ from .fingerprint import is_memory_parameter
 from .gradient import parts_by_example, row_gradient
 from .memory import Factors, Journal, ProductKeyMemory, memory_layers, unwrap
 from .provenance import Parts, Writers, add_up
-from .rows import RowStore, find
+from .rows import RowStore, find, union
 from .selection import ReadsKind, Rule, count_reads, find_rule, hub_share, score_rows, select_rows
 from .shape import seeded
 from .tokens import ExampleIds
@@ -173,7 +173,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         self._refuse_wrong_use()
         factors = {layer: memory.take() for layer, memory in self.memories.items()}
         report = StepReport(self.steps + 1, {}, {}, {}, {}, 0.0)
-        choices = {layer: self._choose(layer, report, factors[layer]) for layer in self.memories}
+        choices = {layer: self._choose(layer, report, factors.pop(layer)) for layer in self.memories}
         grads = {layer: grad_tD for layer, (grad_tD, _) in choices.items()}
         if sum(report.reads.values()) == 0:
             raise TrainingError(
@@ -213,14 +213,13 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             grads.append(row_gradient(group, rows, memory.values))
             if self._writers is not None:
                 parts.append(ranks.sum_by_id(*add_up(*parts_by_example(group, rows, memory.values))))
-        device = memory.values.device
-        empty = torch.empty(0, dtype=torch.int64, device=device)
         report.hub_share[layer] = sum(hubs) / max(1, len(hubs))
-        report.rows_read[layer] = len(torch.unique(torch.cat([empty, *rows_read])))
-        report.rows[layer] = rows = torch.unique(torch.cat([empty, *chosen]))
-        grad_tD = row_gradient([], rows, memory.values)
-        for ids, grad in zip(chosen, grads, strict=True):
-            grad_tD[find(rows, ids)[0]] += grad  # ids are unique within a group
+        report.rows_read[layer] = len(union(rows_read, memory.values.device))
+        report.rows[layer] = rows = union(chosen, memory.values.device)
+        grad_tD = grads[0] if len(grads) == 1 else row_gradient([], rows, memory.values)
+        if len(grads) != 1:
+            for ids, grad in zip(chosen, grads, strict=True):
+                grad_tD[find(rows, ids)[0]] += grad  # ids are unique within a group
         ranks.mean_(grad_tD)
         return grad_tD, parts
 
@@ -243,6 +242,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
 
     def _update_rows(self, rows: dict[int, Tensor], grads: dict[int, Tensor], parts: dict[int, Parts]) -> None:
         for layer, memory in self.memories.items():
+            self._moments[layer].to(memory.values.device)  # the model may have moved since the optimizer was made
             memory.note_old_rows(rows[layer])
             if self._table_adamw is not None:
                 memory.values.grad = torch.zeros_like(memory.values)
@@ -277,7 +277,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             moments.write("exp_avg", slots, m_tD)
             moments.write("exp_avg_sq", slots, v_tD)
             correction1, correction2 = 1 - beta1 ** step_t1.double(), 1 - beta2 ** step_t1.double()
-            change_tD = m_tD / correction1.to(m_tD.dtype) / ((v_tD / correction2.to(v_tD.dtype)).sqrt_() + group["eps"])
+            root_tD = v_tD.div_(correction2.to(v_tD.dtype)).sqrt_().add_(group["eps"])  # the store has its own v
+            change_tD = m_tD.div_(correction1.to(m_tD.dtype)).div_(root_tD)
         old_tD = memory.values[rows_t]
         new_tD = old_tD.to(grad_tD.dtype) * (1 - lr * group["weight_decay"]) - lr * change_tD
         if memory.values.dtype == torch.bfloat16:

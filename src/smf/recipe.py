@@ -93,6 +93,8 @@ class TrainOptions:
     """Train on so many examples, drawn from the seed; 0: all."""
     save_every: int = 100
     """Steps between checkpoints that a killed run goes on from."""
+    epoch_cache: bool = False
+    """Keep on disk, for later epochs, what the frozen layers below the first that trains make of each example."""
     score_at: list[float] = field(default_factory=list)
     """Shares of the steps after which to score too, besides the end."""
 
@@ -302,6 +304,7 @@ LATER = {
     "lm_eval_tasks": "",
     "provenance": False,
     "betas": [0.9, 0.999],
+    "epoch_cache": False,
 }  # keys that recipes did not always have, and what they are where a recipe leaves them out
 
 

@@ -18,6 +18,13 @@ def find(sorted_ids_R: Tensor, ids_Q: Tensor) -> tuple[Tensor, Tensor]:
     return position_Q, sorted_ids_R[position_Q] == ids_Q
 
 
+def union(ids: list[Tensor], device: torch.device) -> Tensor:
+    """The ids that are in any of some tensors, each of which is ascending without repeats; ascending, int64."""
+    if len(ids) == 1:
+        return ids[0]
+    return torch.unique(torch.cat([torch.empty(0, dtype=torch.int64, device=device), *ids]))
+
+
 class RowStore:
     """Tensors for the rows that were ever added, found by row id; memory grows with those rows, not with the table.
 
@@ -37,6 +44,13 @@ class RowStore:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to a device, where it is elsewhere."""
+        if self._ids.device != device:
+            self._columns = {name: column.to(device) for name, column in self._columns.items()}
+            self._ids = self._ids.to(device)
+            self._sorted_ids, self._sorted_slots = self._sorted_ids.to(device), self._sorted_slots.to(device)
 
     @property
     def ids(self) -> Tensor:

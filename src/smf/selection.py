@@ -16,6 +16,7 @@ from torch import Tensor
 from .background import Background
 from .errors import ConfigError
 from .memory import Factors
+from .rows import find
 
 Rule = Callable[..., Tensor]
 ReadsKind = Literal["hits", "gradient"]
@@ -100,23 +101,27 @@ def count_reads(factors: list[Factors], kind: ReadsKind, device: torch.device) -
             gradient.
         device: where the counts live, needed when there are no factors.
     """
-    ids, amounts = [], []
+    parts = []  # of each pass: the rows it read, ascending, how often, and what each read counts, row by row
     for f in factors:
-        token_T = slice(None) if f.mask_T is None else f.mask_T
-        ids.append(f.idx_TR[token_T].flatten())
-        if kind == "gradient":
-            amounts.append((f.w_TR * f.g_TD.norm(dim=-1, keepdim=True))[token_T].flatten().double())
-    if not ids:
-        empty = torch.empty(0, dtype=torch.int64, device=device)
-        return Reads(empty, empty.double(), empty)
-    flat = torch.cat(ids)
-    rows_R, inverse = torch.unique(flat, return_inverse=True)
-    hits_R = torch.bincount(inverse, minlength=len(rows_R))
-    c_R = hits_R.double()
-    if kind == "gradient":
-        c_R = torch.zeros(len(rows_R), dtype=torch.float64, device=flat.device)
-        c_R.index_add_(0, inverse, torch.cat(amounts))
-    return Reads(rows_R.long(), c_R, hits_R)
+        ids, places = f.by_row
+        if f.mask_T is not None:
+            real = f.mask_T[places // f.idx_TR.shape[1]]
+            ids, places = ids[real], places[real]
+        rows, hits = torch.unique_consecutive(ids, return_counts=True)
+        amounts = (f.w_TR * f.g_TD.norm(dim=-1, keepdim=True)).flatten()[places] if kind == "gradient" else None
+        parts.append((rows.long(), hits, amounts))
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    rows_R = torch.unique(torch.cat([none, *(rows for rows, _, _ in parts)]))
+    hits_R = torch.zeros_like(rows_R)
+    c_R = torch.zeros(len(rows_R), dtype=torch.float64, device=rows_R.device)
+    for rows, hits, amounts in parts:
+        place = find(rows_R, rows)[0]
+        hits_R[place] += hits
+        if amounts is None:
+            c_R[place] += hits
+        else:  # in the order of the reads, so that how a step is cut into passes changes no bit
+            c_R.index_add_(0, place.repeat_interleave(hits), amounts.double())
+    return Reads(rows_R, c_R, hits_R)
 
 
 def hub_share(hits_R: Tensor, n_rows: int) -> float:
@@ -151,7 +156,6 @@ def score_rows(
         raise ConfigError(f"the rule returned {got}; it must return one score for each of {len(reads.c_R)} rows read")
     if bool(scores_R.isnan().any()):
         raise ConfigError(f"the rule returned NaN for {int(scores_R.isnan().sum())} of {len(scores_R)} rows")
-    spared_R = None if background is None else background.spared(layer, reads.rows_R)
-    if spared_R is not None and bool(spared_R.any()):
-        scores_R = scores_R.to(device, torch.float64).masked_fill(spared_R, -torch.inf)
+    if background is not None and len(background.layers[layer].spared):
+        scores_R = scores_R.to(device, torch.float64).masked_fill(background.spared(layer, reads.rows_R), -torch.inf)
     return scores_R.to(device)

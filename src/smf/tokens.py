@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -25,7 +26,7 @@ class TokenMask:
         self._backward = -1  # the backward pass that the decoder runs in; -1: none
         self._reentrant = False  # a checkpointed layer ran without gradients, and will run again in the backward pass
         self._again = False  # it has
-        self.handle = decoder.register_forward_pre_hook(self._look, with_kwargs=True)
+        self.handles = [decoder.register_forward_pre_hook(self._look, with_kwargs=True)]
 
     def _look(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._recording = torch.is_grad_enabled()
@@ -42,6 +43,12 @@ class TokenMask:
             if not self._recording:
                 return None
             self._reentrant = True
+            warnings.warn(
+                "the model is checkpointed with use_reentrant=True, so every layer below the lowest memory keeps its "
+                "input and runs again in the backward pass, for nothing; checkpoint with use_reentrant=False, as "
+                'TrainingArguments(gradient_checkpointing_kwargs={"use_reentrant": False})',
+                stacklevel=2,
+            )
         elif torch._C._current_graph_task_id() != self._backward:  # a checkpointed layer runs again
             if not self._reentrant:
                 return None  # use_reentrant=False: the first run's reads count, with its own mask

@@ -23,6 +23,7 @@ from . import methods
 from .base import load_base
 from .checkpoints import MANIFEST, read_manifest
 from .data import Loaded, in_order, with_replay
+from .epoch_cache import HIDDEN
 from .errors import ConfigError, refusing
 from .evaluate import score
 from .faults import explained
@@ -97,7 +98,7 @@ def _run(recipe: Recipe, name: str, loaded: Loaded, folder: Path, result_file: P
     result |= {"trained_parameters": prepared.trained, "heal_seconds": heal_seconds}
     result["provenance"] = provenance(recipe) | {"revisions": loaded.revisions}
     write_json(result_file, result)
-    for finished in ("checkpoints", "scores"):
+    for finished in ("checkpoints", "scores", HIDDEN):
         shutil.rmtree(folder / finished, ignore_errors=True)
     return result
 
@@ -188,7 +189,8 @@ def _heal(recipe: Recipe, name: str, loaded: Loaded, healed: Path) -> None:
     if is_main():
         prepared.save(healed)
         write_json(healed / MANIFEST, {"seconds": fitted.seconds, "skipped_steps": fitted.skipped})
-        shutil.rmtree(healed / "checkpoints", ignore_errors=True)
+        for finished in ("checkpoints", HIDDEN):
+            shutil.rmtree(healed / finished, ignore_errors=True)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
