@@ -2,7 +2,7 @@
 
     python benchmarks/background.py
 
-The embedded world's base with the memory of its study, documents of 128 random tokens in batches of eight. `forward`
+The embedded world's base with the memory of its study, documents of 64 random tokens in batches of eight. `forward`
 runs the same model over the same batches and counts nothing; `base` is the model without memory. None of them makes
 logits but for the last token. Writes benchmarks/results/background.json.
 """
@@ -19,7 +19,7 @@ from smf.recipe_file import load_recipe
 from turns import Result, compared, parser, spreads, take_turns
 
 METHOD = "smf-kl-gradient-t=512"
-TOKENS, BATCH = 128, 8
+TOKENS, BATCH = 64, 8
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def main() -> None:
             forward()
 
     sides = {"background": lambda: smf.read_background(model, batches), "forward": forward, "base": plain}
-    took = take_turns(sides, options.turns)
+    took = take_turns(sides, options.turns, warm_up=0)
     figures = {f"times {other}": compared(took, "background", other) for other in ("forward", "base")}
     result.write(figures=figures | {"documents": options.documents}, seconds=spreads(took))
 

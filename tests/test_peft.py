@@ -431,7 +431,7 @@ def test_a_memory_can_be_attached_again_after_unload():
     assert list(smf.memory_layers(again)) == [0, 3]
     assert torch.equal(logits(again), logits(tiny_base()))
     train(again)
-    assert hooks(again) == 1
+    assert hooks(again) == hooks(tiny_model()) > 0
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
@@ -522,7 +522,7 @@ def test_a_deep_copy_is_independent_and_has_no_optimizer():
     optimizer.step()
     twin.unload()
     assert hooks(twin) == 0
-    assert hooks(model) == 1
+    assert hooks(model) == hooks(tiny_model()) > 0
 
 
 def test_a_copys_mask_is_its_own():
