@@ -55,6 +55,11 @@ def explanation(error: Exception, folder: Path) -> SmfError | None:
             f"out of memory: {said}. Lower micro_batch_size ([train]) or eval_batch_size, or run fewer methods at a "
             "time (--jobs); what is finished is kept, and the same command goes on from the last checkpoint"
         )
+    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in said:
+        return TrainingError(
+            f"another rank has gone, and what it said tells why ({said}). The same command goes on from the last "
+            "checkpoint; torchrun --max-restarts=N gives it by itself"
+        )
     why = _storage(error)
     if why is None:
         return None

@@ -9,6 +9,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +24,12 @@ from .evaluate import token_loss
 from .files import write_atomically, write_json
 from .methods import Prepared
 from .optimizer import SparseMemoryOptimizer
-from .ranks import mean_
+from .ranks import join_again, mean_, same_everywhere
 from .recipe import Recipe
 from .skipping import SKIPPED, Skipping
 from .stopping import StopAtSigterm
+
+PATIENCE = timedelta(days=1)  # of ranks with the first one, which may score for hours while they wait in a step
 
 
 def mean_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -171,11 +174,16 @@ def fit(
         Stopped: where SIGTERM came, after a checkpoint.
     """
     assert prepared.optimizer is not None
+    join_again(PATIENCE)
     arguments = _arguments(recipe, folder / "checkpoints", steps, prepared.max_grad_norm)
     checkpoint = newest_complete(folder / "checkpoints", tidy=is_main())
     if checkpoint is not None:
         print(f"smf: {name}: resuming from {checkpoint}", file=sys.stderr)
     done = step_of(checkpoint) if checkpoint else 0
+    if not same_everywhere(done):
+        raise TrainingError(
+            f"{name}: the ranks find different checkpoints: {folder} must be one folder for all of them"
+        )
     most, listed = recipe.train.max_skipped, folder / SKIPPED
     skipping = Skipping(prepared.optimizer, examples, recipe.train.batch_size, most, listed, done, main=is_main())
     trainer = RunTrainer(
@@ -234,6 +242,7 @@ def _arguments(recipe: Recipe, checkpoints: Path, steps: int, max_grad_norm: flo
         dataloader_num_workers=0,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_timeout=int(PATIENCE.total_seconds()),
     )
 
 
