@@ -145,7 +145,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
 
         self._trained = {layer: _trained_ids(memory) for layer, memory in self.memories.items()}
         anchors = [memory.tensor("anchor") for memory in self.memories.values()]
-        others = _other_parameters(model, self.memories)
+        self._others = others = _other_parameters(model, self.memories)
         sharding.refuse_parts(self.memories, others)
         groups: list[dict[str, Any]] = [{"params": anchors, "lr": lr}]
         if others:
@@ -235,22 +235,16 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
 
     def _clip(self, grads: dict[int, Tensor]) -> float:
         """Scale all gradients by one factor; the norm is that of chosen rows and other parameters together."""
-        parameters = self._other_parameters()
-        norm = _norm(grads, parameters)
+        norm = _norm(grads, self._others)
         if not ranks.same_everywhere(norm):  # DDP has averaged them; FSDP2 ignores them, and without either nobody has
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                ranks.mean_(parameter.grad)
-            norm = _norm(grads, parameters)
+            ranks.mean_gradients_(self._others)
+            norm = _norm(grads, self._others)
         if norm != norm or norm == float("inf"):
             raise TrainingError(self._not_finite("the gradient norm"))
         if self.max_grad_norm and norm > self.max_grad_norm:
-            for grad in [*grads.values(), *_gradients(parameters)]:
+            for grad in [*grads.values(), *_gradients(self._others)]:
                 grad.mul_(self.max_grad_norm / (norm + 1e-6))
         return norm
-
-    def _other_parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups[1:] for parameter in group["params"]]
 
     def _update_rows(self, rows: dict[int, Tensor], grads: dict[int, Tensor], parts: dict[int, Parts]) -> None:
         for layer, memory in self.memories.items():
@@ -317,7 +311,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
                 "instead: TrainingArguments(bf16=True) or torch.autocast(..., dtype=torch.bfloat16) without a scaler"
             )
         sharding.refuse_deepspeed()
-        sharding.refuse_parts(self.memories, self._other_parameters())
+        sharding.refuse_parts(self.memories, self._others)
         for layer, memory in self.memories.items():
             if not memory.belongs_to(self):
                 raise TrainingError("another SparseMemoryOptimizer was made for this model later; step that one")
@@ -392,11 +386,11 @@ def _other_parameters(model: nn.Module, memories: dict[int, ProductKeyMemory]) -
     return [p for p in model.parameters() if p.requires_grad and id(p) not in foreign]
 
 
-def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _norm(grads: dict[int, Tensor], parameters: list[Tensor]) -> float:
+def _norm(grads: dict[int, Tensor], parameters: list[nn.Parameter]) -> float:
     return torch.stack([g.norm().double().cpu() for g in [*grads.values(), *_gradients(parameters)]]).norm().item()
 
 

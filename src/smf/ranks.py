@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .rows import find
 from .selection import Reads
@@ -83,6 +83,18 @@ def mean_(tensor: Tensor) -> None:
     if world > 1:
         dist.all_reduce(tensor)
         tensor /= world
+
+
+def mean_gradients_(parameters: list[nn.Parameter]) -> None:
+    """Replace the gradients of parameters by their means over the ranks; where a rank has none, it counts as zero."""
+    if not parameters:
+        return
+    used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=_device())
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    for parameter, anywhere in zip(parameters, used.tolist(), strict=True):
+        if anywhere:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            mean_(parameter.grad)
 
 
 def same_everywhere(value: float) -> bool:
