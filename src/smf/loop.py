@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,8 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .checkpoints import newest_complete, read_manifest, seal, step_of
 from .data import Collator, Example, pad_id
-from .errors import ConfigError, Stopped, TrainingError
+from .errors import ConfigError, SmfError, Stopped, TrainingError
 from .evaluate import token_loss
+from .faults import explanation
 from .files import write_atomically, write_json
 from .methods import Prepared
 from .optimizer import SparseMemoryOptimizer
@@ -84,15 +84,23 @@ class Fitted(NamedTuple):
 
 
 class LossGoesOn(TrainerCallback):
-    """Gives a resumed Trainer the losses that it had added up but not logged yet, so that its next log is the same."""
+    """Gives a resumed Trainer the losses that it had added up but not logged yet, so that its next log is the same.
+
+    Also knows when everything of the checkpoint has been read: once the first step begins.
+    """
 
     def __init__(self, trainer: RunTrainer, manifest: dict[str, Any]):
         self.trainer, self.manifest = trainer, manifest
+        self.read = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Trainer has just set both to nothing."""
         self.trainer._tr_loss += self.manifest["loss"]
         self.trainer._globalstep_last_logged = self.manifest["logged_at"]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Nothing is read any more."""
+        self.read = True
 
 
 def is_main() -> bool:
@@ -102,8 +110,8 @@ def is_main() -> bool:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except ValueError:  # cut off by a crash
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):  # cut off by a crash, or not written by us
         return math.inf
 
 
@@ -116,7 +124,7 @@ class MetricsFile(TrainerCallback):
         if isinstance(optimizer, SparseMemoryOptimizer) and optimizer.background is not None:
             layers = optimizer.memories.items()
             self.hubs = {layer: optimizer.background.hubs(layer, memory.shape.n_rows) for layer, memory in layers}
-        lines = path.read_text().splitlines() if path.is_file() and resumed_at else []
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() and resumed_at else []
         kept = [line for line in lines if _step(line) <= resumed_at]
         if is_main():
             write_atomically(path, "".join(f"{line}\n" for line in kept))
@@ -198,17 +206,20 @@ def fit(
     if on_the_way is not None:
         trainer.on_the_way = on_the_way
         trainer.add_callback(on_the_way)
-    if checkpoint is not None:
-        manifest = read_manifest(checkpoint)
-        trainer.seconds_before = manifest["seconds"]
-        trainer.add_callback(LossGoesOn(trainer, manifest))
+    manifest = read_manifest(checkpoint) if checkpoint else {"seconds": 0.0, "loss": 0.0, "logged_at": 0}
+    trainer.seconds_before = manifest["seconds"]
+    goes_on = LossGoesOn(trainer, manifest)
+    trainer.add_callback(goes_on)
     trainer.started = time.perf_counter()
     with StopAtSigterm() as stop:
         trainer.add_callback(stop)  # last: a step is scored before it is saved
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except pickle.UnpicklingError as error:  # Trainer reads its pickles as weights only
-            raise TrainingError(f"{checkpoint} holds what Trainer did not save: {error}; remove it to go on") from error
+        except Exception as error:
+            if checkpoint is None or goes_on.read or isinstance(error, SmfError) or explanation(error, folder):
+                raise
+            why = f"{type(error).__name__}: {str(error).partition('\n')[0]}"  # it reads its pickles as weights only
+            raise TrainingError(f"{checkpoint} holds what Trainer did not save; remove it to go on ({why})") from error
     if stop.came:
         done = trainer.state.global_step
         raise Stopped(f"{name}: stopped by SIGTERM after step {done} of {steps}; the same command goes on from there")
