@@ -218,7 +218,8 @@ def fit(
         except Exception as error:
             if checkpoint is None or goes_on.read or isinstance(error, SmfError) or explanation(error, folder):
                 raise
-            why = f"{type(error).__name__}: {str(error).partition('\n')[0]}"  # it reads its pickles as weights only
+            said = str(error).partition("\n")[0]  # Trainer reads its pickles as weights only
+            why = f"{type(error).__name__}: {said}"
             raise TrainingError(f"{checkpoint} holds what Trainer did not save; remove it to go on ({why})") from error
     if stop.came:
         done = trainer.state.global_step
