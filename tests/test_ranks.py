@@ -255,17 +255,17 @@ def stop(job: subprocess.Popen, metrics: Path, lines: int) -> str:
 def test_sigterm_to_torchrun_saves_a_checkpoint_that_any_number_of_ranks_goes_on_from(world: Path, tmp_path: Path):
     """Rows equal those of one process, which never stopped; their values but for rounding in float32."""
     world.write_text(
-        world.read_text().replace("steps = 4\n", "steps = 200\n").replace("save_every = 2", "save_every = 999")
+        world.read_text().replace("steps = 4\n", "steps = 400\n").replace("save_every = 2", "save_every = 999")
     )
     calm, stopped = recipes(world, tmp_path / "calm", tmp_path / "stopped")
     run_method(calm, "smf")
     folder = result_path(stopped, "smf").parent
     for ranks in (2, 4):
         before = sum(1 for _ in folder.glob("checkpoints/checkpoint-*"))
-        printed = stop(training(ranks, world, tmp_path / "stopped"), folder / "metrics.jsonl", 5 * ranks)
+        printed = stop(training(ranks, world, tmp_path / "stopped"), folder / "metrics.jsonl", 3 * ranks)
         assert printed.count("stopped by SIGTERM after step") == ranks, printed[-3000:]
         assert sum(1 for _ in folder.glob("checkpoints/checkpoint-*")) == before + 1
-    assert run_method(stopped, "smf")["steps"] == 200
+    assert run_method(stopped, "smf")["steps"] == 400
     one, other = (smf.load_patch(result_path(recipe, "smf").with_name("patch.smf")) for recipe in (calm, stopped))
     for layer, rows in one.rows.items():
         assert torch.equal(rows, other.rows[layer])

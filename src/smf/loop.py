@@ -235,7 +235,7 @@ def _arguments(recipe: Recipe, checkpoints: Path, steps: int, max_grad_norm: flo
         raise ConfigError(
             f"batch_size = {options.batch_size} is not a multiple of micro_batch_size x ranks = {per_step}"
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
         per_device_train_batch_size=options.micro_batch_size,
@@ -256,6 +256,9 @@ def _arguments(recipe: Recipe, checkpoints: Path, steps: int, max_grad_norm: flo
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_timeout=int(PATIENCE.total_seconds()),
     )
+    # Trainer would give a micro-batch to every GPU of the machine (nn.DataParallel), which is another batch size
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def steps_of(steps: int, epochs: float, examples: int, batch_size: int) -> int:
