@@ -41,7 +41,7 @@ SIDES = ("smf", "smf+scale", "lora", "full")
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
 SHAPES: dict[str, dict[str, Any]] = {
-    "small": {"sizes": SMALL | {"vocab_size": 6144}, "dtype": torch.float32, "batch": 4, "length": 128, "turns": 7},
+    "small": {"sizes": SMALL | {"vocab_size": 6144}, "dtype": torch.float32, "batch": 4, "length": 128, "turns": 5},
     "qwen2.5-0.5b": {"sizes": QWEN | {"vocab_size": 151_936}, "dtype": torch.bfloat16, "batch": 1, "length": 128},
 }
 ROWS = 512

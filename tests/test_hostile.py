@@ -86,6 +86,8 @@ HUGE: dict[str, tuple[Forgery, str]] = {
         "are not those of its config",
     ),
     "a module twice": (lambda t, h: h["config"].update(target_modules=["a", "a"]), "one module for each layer"),
+    "a LoRA": (lambda t, h: h.update(lora_numbers=10**400), "a LoRA has 10{39} numbers"),
+    "less than no LoRA": (lambda t, h: h.update(lora_numbers=-1), "a LoRA has -1 numbers"),
     "a table beside rows": (lambda t, h: h["layers"]["1"].update(others=["values"]), "expected some of"),
 }
 
