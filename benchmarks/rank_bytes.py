@@ -1,7 +1,7 @@
 """What ranks exchange in a step, and what it costs: rows of a memory against LoRA and full finetuning under DDP.
 
     python benchmarks/rank_bytes.py                      # two gloo ranks on this machine
-    python benchmarks/rank_bytes.py --shapes small --out /tmp/try.json
+    python benchmarks/rank_bytes.py --turns 0            # bytes alone, which no load of the machine changes
 
 Two ranks train, side after side: `smf` (512 rows in each of three layers of 16,384), `smf+scale`, `lora`
 (rank 16 on all linear layers) and `full`. Bytes are counted twice: what a rank hands to collectives in a step (DDP's
@@ -41,7 +41,7 @@ SIDES = ("smf", "smf+scale", "lora", "full")
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
 SHAPES: dict[str, dict[str, Any]] = {
-    "small": {"sizes": SMALL | {"vocab_size": 6144}, "dtype": torch.float32, "batch": 4, "length": 128, "turns": 5},
+    "small": {"sizes": SMALL | {"vocab_size": 6144}, "dtype": torch.float32, "batch": 4, "length": 128},
     "qwen2.5-0.5b": {"sizes": QWEN | {"vocab_size": 151_936}, "dtype": torch.bfloat16, "batch": 1, "length": 128},
 }
 ROWS = 512
@@ -160,7 +160,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def measure(names: list[str]) -> dict[str, Any]:
+def measure(names: list[str], turns: int) -> dict[str, Any]:
     """All shapes, on this rank."""
     exchange, results = Exchange(), {}
     for shape_name in names:
@@ -172,14 +172,14 @@ def measure(names: list[str]) -> dict[str, Any]:
         for name in SIDES:
             side = Side(name, shape, exchange)
             counted[name] = count(side, ids, exchange)
-            if "turns" in shape:
+            if turns and shape_name == "small":
                 kept[name] = side
             del side
         results[shape_name] = {"tokens_a_rank": ids.numel(), "bytes_a_step": counted}
         smf_bytes = counted["smf"]["collectives"]
         results[shape_name]["times_smf"] = {n: counted[n]["collectives"] / smf_bytes for n in SIDES}
         if kept:
-            results[shape_name] |= timed(kept, ids, exchange, shape["turns"])
+            results[shape_name] |= timed(kept, ids, exchange, turns)
     return results
 
 
@@ -187,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--turns", type=int, default=5, help="of the small shape that are timed; 0: bytes alone")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     if "RANK" not in os.environ:
@@ -194,9 +195,9 @@ def main() -> None:
         sys.exit(subprocess.run([*launch, *sys.argv]).returncode)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = measure(options.shapes)
+    results = measure(options.shapes, options.turns)
     if dist.get_rank() == 0:
-        told = {"command": f"python benchmarks/rank_bytes.py --ranks {options.ranks}", "ranks": options.ranks}
+        told = {"command": " ".join(["python benchmarks/rank_bytes.py", *sys.argv[1:]]), "ranks": options.ranks}
         told |= {"machine": machine(), "versions": versions(), "shapes": results}
         options.out.write_text(json.dumps(told, indent=1) + "\n")
         for name, result in results.items():

@@ -409,6 +409,19 @@ def test_all_words_for_too_little_memory_are_known(error: Exception, tmp_path: P
         raise error
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/a/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. GLHF!"),
+        torch.distributed.DistBackendError("NCCL error: remote process exited"),
+    ],
+)
+def test_a_rank_that_has_gone_is_said_by_the_others(error: Exception, tmp_path: Path):
+    message = r"another rank has gone, and what it said tells why \(.*\)\. The same command goes on .* --max-restarts=N"
+    with pytest.raises(TrainingError, match=message), explained(tmp_path):
+        raise error
+
+
 # -- a grid -----------------------------------------------------------------------------------------------------------
 
 KINDS = """
