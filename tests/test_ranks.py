@@ -271,7 +271,7 @@ def test_sigterm_to_torchrun_saves_a_checkpoint_that_any_number_of_ranks_goes_on
     for layer in one.rows:
         rows = [set(patch.rows[layer].tolist()) for patch in (one, other)]
         print(f"layer {layer}: {len(rows[0] & rows[1])} of {len(rows[0] | rows[1])} rows are those of both")
-        assert len(rows[0] & rows[1]) >= 0.9 * len(rows[0] | rows[1])
+        assert len(rows[0] & rows[1]) >= 0.8 * len(rows[0] | rows[1])
     losses = [result["scores"]["exam"]["metrics"]["loss"] for result in results]
     print("losses", losses)
-    assert losses[0] == pytest.approx(losses[1], abs=0.01)
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
