@@ -27,6 +27,7 @@ from smf.runs import read_runs
 from smf.stats import change
 from smf.summary import summarise
 from smf.table import scores_table
+from smf.train import run_method
 from smf.tune import at_rate, tune, tuned_recipe, tuning_table
 from tiny import make_world
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -314,6 +315,111 @@ def test_the_result_that_cannot_be_written_is_written_by_the_next_start(
     capfd.readouterr()
     assert run_method(recipe, "smf")["steps"] == 4
     assert "resuming from" in capfd.readouterr().err
+
+
+# -- what lies in a run's folder --------------------------------------------------------------------------------------
+
+
+class HaltError(Exception):
+    """Ends a training in a test."""
+
+
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The recipe of a run that ended after its save in step 4 of 6, and its output folder."""
+    folder = tmp_path_factory.mktemp("halted")
+    world = make_world(folder)
+    world.write_text(world.read_text().replace("steps = 4\n", "steps = 6\nscore_at = [0.5]\n"))
+    real = loop.RunTrainer._save_checkpoint
+
+    def save(trainer: Any, *arguments: Any) -> None:
+        real(trainer, *arguments)
+        if trainer.state.global_step == 4:
+            raise HaltError
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.RunTrainer, "_save_checkpoint", save)
+        with pytest.raises(HaltError):
+            run_method(load_recipe(world), "smf")
+    return world, folder / "runs"
+
+
+def into_folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir(parents=True)
+
+
+SPOILT: dict[str, tuple[Callable[[Path], Any], str | None]] = {
+    "a folder for a lock": (lambda run: into_folder(run / LOCK), "a folder is where a file should be"),
+    "a folder for metrics": (lambda run: into_folder(run / "metrics.jsonl"), "a folder is where a file should be"),
+    "a folder for a patch": (lambda run: into_folder(run / "patch.smf"), "a folder is where a file should be"),
+    "a lock of nobody": (lambda run: (run / LOCK).write_text('{"pid": "x", "host": []}'), None),
+    "a lock of this process": (
+        lambda run: (run / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()})),
+        None,
+    ),
+    "metrics": (lambda run: (run / "metrics.jsonl").write_bytes(b'\xff\n{}\n[]\n3\n{"step": "a"}\n'), None),
+    "skipped steps": (lambda run: (run / "skipped.json").write_text("{]"), "remove .* to begin this run anew"),
+    "other skipped steps": (lambda run: (run / "skipped.json").write_text("[3]"), "remove .* to begin this run anew"),
+    "scores": (lambda run: (run / "scores" / "step-3.json").write_text("{"), "remove .* to begin this run anew"),
+    "other scores": (lambda run: (run / "scores" / "step-3.json").write_text('{"a": {}}'), "with role, task, metrics"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_what_is_broken_in_a_runs_folder_is_said_or_made_anew(halted: tuple[Path, Path], tmp_path: Path, what: str):
+    world, output = halted
+    shutil.copytree(output, tmp_path / "runs")
+    recipe = load_recipe(world, output=str(tmp_path / "runs"))
+    spoil, message = SPOILT[what]
+    spoil(result_path(recipe, "smf").parent)
+    if message is None:
+        assert run_method(recipe, "smf")["steps"] == 6
+        return
+    with pytest.raises(StorageError if "folder" in what else TrainingError, match=message):
+        run_method(recipe, "smf")
+
+
+def test_a_healed_memory_that_is_not_what_was_written_is_healed_again(world: Path, capfd: pytest.CaptureFixture):
+    recipe = load_recipe(world)
+    scores = run_method(recipe, "smf-healed")["scores"]
+    shutil.rmtree(result_path(recipe, "smf-healed").parent)
+    (healed,) = Path(recipe.output).glob("healed-*/adapter_model.safetensors")
+    content = bytearray(healed.read_bytes())
+    content[-100] ^= 64
+    healed.write_bytes(content)
+    capfd.readouterr()
+    assert run_method(recipe, "smf-healed")["scores"] == scores
+    printed = capfd.readouterr().err
+    assert f"healing again: in {healed.parent} {healed.name} is not what was written" in printed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory\nand more"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_all_words_for_too_little_memory_are_known(error: Exception, tmp_path: Path):
+    with pytest.raises(TrainingError, match=r"out of memory: .*Lower micro_batch_size"), explained(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/a/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. GLHF!"),
+        torch.distributed.DistBackendError("NCCL error: remote process exited"),
+    ],
+)
+def test_a_rank_that_has_gone_is_said_by_the_others(error: Exception, tmp_path: Path):
+    message = r"another rank has gone, and what it said tells why \(.*\)\. The same command goes on .* --max-restarts=N"
+    with pytest.raises(TrainingError, match=message), explained(tmp_path):
+        raise error
 
 
 # -- a grid -----------------------------------------------------------------------------------------------------------

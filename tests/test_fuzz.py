@@ -10,6 +10,8 @@ import json
 import random
 import resource
 import signal
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -403,6 +405,8 @@ def test_whatever_a_file_holds_it_is_read_or_refused(
     kind: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    # a patch may ask for a memory that just fits this machine, which is made; here that is less than the limit
+    monkeypatch.setattr("smf.shape.available_memory", lambda: MEGABYTES // 2 * 2**20)
     attempt = KINDS[kind](tmp_path)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -420,3 +424,12 @@ def test_whatever_a_file_holds_it_is_read_or_refused(
 
     everything()
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024 < MEGABYTES
+
+
+def test_coverage_can_guide_the_inputs(tmp_path: Path):
+    """tests/guided_fuzz.py tries some inputs of each kind and finds nothing."""
+    pytest.importorskip("atheris", reason="the extra `fuzz` is not installed")
+    script = Path(__file__).with_name("guided_fuzz.py")
+    line = [sys.executable, script, "backgrounds", "-runs=30"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Done 30 runs" in done.stderr, done.stderr[-3000:]

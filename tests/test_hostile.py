@@ -86,6 +86,8 @@ HUGE: dict[str, tuple[Forgery, str]] = {
         "are not those of its config",
     ),
     "a module twice": (lambda t, h: h["config"].update(target_modules=["a", "a"]), "one module for each layer"),
+    "a LoRA": (lambda t, h: h.update(lora_numbers=10**400), "a LoRA has 10{39} numbers"),
+    "less than no LoRA": (lambda t, h: h.update(lora_numbers=-1), "a LoRA has -1 numbers"),
     "a table beside rows": (lambda t, h: h["layers"]["1"].update(others=["values"]), "expected some of"),
 }
 
@@ -363,12 +365,12 @@ def test_an_adapter_with_code_in_its_weights_is_refused_and_runs_nothing(tmp_pat
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("sealed", [False, True])
 def test_a_checkpoint_with_code_in_it_is_refused_and_runs_nothing(
     name: str, sealed: bool, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    """Whether or not its manifest was written anew to fit."""
+    """Whether or not its manifest was written anew to fit; where it was, so is anything that Trainer cannot read."""
     recipe = load_recipe(make_world(tmp_path))
     loaded, folder = load(recipe), tmp_path / "run"
     examples = in_order(loaded.train, 8 * 4, 0)
@@ -383,8 +385,15 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_runs_nothing(
     torch.save(Bomb(tmp_path / "mark"), checkpoint / "training_args.bin")
     if sealed:
         seal(checkpoint, **{key: value for key, value in read_manifest(checkpoint).items() if key != "sha256"})
-        with pytest.raises(TrainingError, match=r"checkpoint-2 holds what Trainer did not save"):
-            fit_to(4)
+        for other in (None, "trainer_state.json", TENSORS):
+            if other is not None:
+                torch.save({}, checkpoint / name)
+                (checkpoint / other).write_bytes(b"{")
+                seal(checkpoint, **{key: value for key, value in read_manifest(checkpoint).items() if key != "sha256"})
+            with pytest.raises(
+                TrainingError, match=r"checkpoint-2 holds what Trainer did not save; remove it to go on"
+            ):
+                fit_to(4)
     else:
         fit_to(4)
         assert "checkpoint-2" in capsys.readouterr().err  # set aside, and said
@@ -404,6 +413,6 @@ def test_no_code_of_ours_loads_pickles_or_runs_text():
         for line in path.read_text().splitlines()
         if re.search(UNSAFE, line)
     ]
-    assert found == ["adapter_file.py: comes with a base runs with trust_remote_code=True among them alone."]
+    assert found == ["adapter_file.py: trust_remote_code=True among them alone."]
     started = [p.name for p in SOURCES.rglob("*.py") if re.search(r"subprocess\.\w+\(", p.read_text())]
     assert started == ["train.py"]  # git rev-parse HEAD, without a shell

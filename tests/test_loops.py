@@ -1,10 +1,7 @@
-"""The optimizer in the loops people use: HF Trainer, TRL, a plain loop, accelerate and torchrun."""
+"""The optimizer in the loops people use: HF Trainer, TRL, a plain loop and accelerate."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 import smf
 from conftest import batch, logits, tiny_base, tiny_model, trainer_arguments
-from ddp_script import LOOPS, everything
 
-HERE = Path(__file__).parent
 WORDS = [f"w{i}" for i in range(90)]
 
 
@@ -305,54 +300,3 @@ def test_accelerate_accumulates_like_a_plain_loop():
     assert one.steps == two.steps == 2
     assert one.last_step.reads == two.last_step.reads == {1: 8 * 8 * 12, 2: 8 * 8 * 12}
     assert identical(plain, accelerated)
-
-
-# -- two ranks --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
-    """What two ranks and a single process leave behind: `(rank 0, rank 1, single)`."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [*command, str(HERE / "ddp_script.py"), str(folder)],
-        env=environment,
-        timeout=300,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    zero, one = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
-    return zero, one, everything(0, 1, folder / "single")
-
-
-@pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("name", [*LOOPS, "trainer", "resumed"])
-def test_two_ranks_are_bit_identical_to_each_other(name: str, ranks: tuple):
-    zero, one, _ = ranks
-    assert identical(zero[name], one[name])
-
-
-@pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("name", [*(name for name in LOOPS if name != "float32"), "trainer"])
-def test_two_ranks_do_what_a_single_process_does(name: str, ranks: tuple):
-    many, _, single = (results[name] for results in ranks)
-    assert many.keys() == single.keys()
-    assert sum(key.startswith("rows.") for key in many) >= 6
-    for key in many:
-        if key.startswith(("rows.", "reads.")):
-            assert torch.equal(many[key], single[key]), key
-        else:
-            torch.testing.assert_close(many[key], single[key], atol=1e-9, rtol=1e-9, msg=key)
-
-
-@pytest.mark.xdist_group("ranks")
-def test_two_ranks_resume_bit_identically(ranks: tuple):
-    for results in ranks:
-        resumed, whole = results["resumed"], results["trainer"]
-        assert sum(key.startswith("rows.") for key in resumed) == 2 * 2  # steps 3 and 4, two layers
-        assert all(torch.equal(resumed[key], whole[key]) for key in resumed)

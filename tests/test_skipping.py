@@ -201,7 +201,8 @@ loop.mean_token_loss = loss_of
 recipe = load_recipe(sys.argv[1])
 for name in sys.argv[2:]:
     calls.clear()
-    print(f"{name} of rank {os.environ['RANK']}:", run_method(recipe, name)["skipped_steps"], file=sys.stderr)
+    skipped = run_method(recipe, name)["skipped_steps"]
+    sys.stderr.write(f"{name} of rank {os.environ['RANK']}: {skipped}\\n")  # at once, since ranks share the pipe
 """
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import smf
+from smf import loop
 from smf.base import load_base
 from smf.cli import main
 from smf.compare import result_path
@@ -151,6 +152,20 @@ def test_full_text_loss_differs_from_answer_loss(world: Path):
     full = replace(recipe, train=replace(recipe.train, loss="full"))
     answer, whole = (run_method(r, "full")["scores"]["exam"]["metrics"]["loss"] for r in (recipe, full))
     assert answer != whole
+
+
+def test_one_process_trains_on_one_of_several_gpus(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Trainer by itself takes all of them, and a micro-batch for each."""
+
+    class OnFourGpus(loop.TrainingArguments):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self._n_gpu = 4
+
+    monkeypatch.setattr(loop, "TrainingArguments", OnFourGpus)
+    recipe = load_recipe(world)
+    arguments = loop._arguments(recipe, tmp_path, 4, 1.0)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == recipe.train.micro_batch_size
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from .errors import ConfigError, SmfError, UnsupportedModelError
 from .fingerprint import base_hash
 from .frozen import FrozenBelow
 from .memory import KINDS, MemoryHost, MemoryShape, ProductKeyMemory
+from .sharding import refuse_replica
 from .table_rows import VALUES, changed_rows, check_sizes, with_whole_tables
 from .tokens import TokenMask
 
@@ -64,6 +65,7 @@ class SparseMemoryLayer(MemoryHost, BaseTunerLayer):  # type: ignore[override]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The MLP's output with the active memories added to it, or put in its place."""
+        refuse_replica(self)
         active = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.memories]
         replaced = any(self._configs[name].mode == "replacement" for name in active)
         out = None if replaced else self.base_layer(*args, **kwargs)

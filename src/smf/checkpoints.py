@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_json
+from .fingerprint import json_hash
+from .locks import LOCK
 
 MANIFEST = "smf_complete.json"  # written into a checkpoint after everything else
 
 
 def seal(folder: Path, **facts: Any) -> None:
-    """Write the manifest of a folder that is complete: the SHA-256 of every file in it, and `facts`."""
+    """Write the manifest of a folder that is complete: the SHA-256 of every file in it and of `facts`, and these."""
     sums = {name: _sha256(folder / name) for name in sorted(_names(folder))}
-    write_json(folder / MANIFEST, facts | {"sha256": sums})
+    write_json(folder / MANIFEST, facts | {"sha256": sums | {MANIFEST: json_hash(facts)}})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -30,10 +32,15 @@ def flaw(folder: Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return "it was not written to its end"
     try:
-        sums = read_manifest(folder)["sha256"]
-        missing = sorted(sums.keys() - _names(folder))
-        if missing:
-            return f"{missing[0]} is missing"
+        facts = read_manifest(folder)
+        sums = facts.pop("sha256")
+        if sums.pop(MANIFEST) != json_hash(facts):
+            return f"{MANIFEST} is not what was written"
+        names = _names(folder)
+        if sums.keys() - names:
+            return f"{min(sums.keys() - names)} is missing"
+        if names - sums.keys():
+            return f"{min(names - sums.keys())} was not there when it was written"
         wrong = [name for name, expected in sums.items() if _sha256(folder / name) != expected]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"its manifest cannot be checked ({type(error).__name__}: {error})"
@@ -74,8 +81,8 @@ def _set_aside(checkpoint: Path) -> None:
 
 
 def _names(folder: Path) -> set[str]:
-    """All files of a folder but the manifest, by their paths in it."""
-    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {MANIFEST}
+    """All files of a folder but the manifest and a lock, by their paths in it."""
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {MANIFEST, LOCK}
 
 
 def _sha256(file: Path) -> str:

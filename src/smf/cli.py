@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -392,3 +393,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("smf: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # raised in the midst of Python's own end, it would be a traceback

@@ -23,8 +23,12 @@ STORAGE = {
     errno.EIO: "the disk has failed",
     errno.EEXIST: "a file is where a folder should be",
     errno.ENOTDIR: "a file is where a folder should be",
+    errno.EISDIR: "a folder is where a file should be",
+    errno.ELOOP: "a link leads nowhere",
+    errno.ENAMETOOLONG: "the name is too long for this disk",
 }
 
+NO_MEMORY = r"can't allocate memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"  # torch's, of other classes
 TORCH_SAVE = "PytorchStreamWriter failed|unexpected pos|iostream error"  # what it says of any disk
 
 
@@ -50,10 +54,19 @@ def explanation(error: Exception, folder: Path) -> SmfError | None:
     if isinstance(error, SmfError):
         return None
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said:
+    if (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or _number(error) == errno.ENOMEM
+        or re.search(NO_MEMORY, said)
+    ):
         return TrainingError(
             f"out of memory: {said}. Lower micro_batch_size ([train]) or eval_batch_size, or run fewer methods at a "
             "time (--jobs); what is finished is kept, and the same command goes on from the last checkpoint"
+        )
+    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in said:
+        return TrainingError(
+            f"another rank has gone, and what it said tells why ({said}). The same command goes on from the last "
+            "checkpoint; torchrun --max-restarts=N gives it by itself"
         )
     why = _storage(error)
     if why is None:
@@ -65,9 +78,13 @@ def explanation(error: Exception, folder: Path) -> SmfError | None:
     )
 
 
+def _number(error: Exception) -> int | None:
+    return error.errno if isinstance(error, OSError) else None
+
+
 def _storage(error: Exception) -> str | None:
     """Why a file could not be written, as Python, safetensors or torch say it."""
-    number = error.errno if isinstance(error, OSError) else None
+    number = _number(error)
     if (found := re.search(r"\(os error (\d+)\)", str(error))) is not None:  # safetensors, written in Rust
         number = int(found[1])
     if number is None and re.search(TORCH_SAVE, str(error)):

@@ -20,8 +20,15 @@ MEMORY_PREFIX = "sparse_memory_"
 WRAPPERS = re.compile(r"module\.|_orig_mod\.|base_model\.model\.")  # of DDP, torch.compile and PEFT
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of a tensor only (a DTensor, as FSDP2 makes them)."""
+    return hasattr(tensor, "full_tensor")
+
+
 def tensor_bytes(tensor: Tensor) -> Any:
-    """The raw bytes of a tensor, row-major, whatever its dtype."""
+    """The raw bytes of a tensor, row-major, whatever its dtype; of one that is split over ranks, of all of it."""
+    if is_sharded(tensor):
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
@@ -30,7 +37,7 @@ def tensors_hash(tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = N
     """SHA-256 over names, shapes, dtypes and bytes, in order of the names.
 
     Args:
-        tensors: what to hash.
+        tensors: what to hash; where any is split over ranks, all ranks must call this.
         dtype: round floating-point tensors to this dtype first (one tensor at a time).
     """
 
@@ -41,6 +48,8 @@ def tensors_hash(tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = N
         head = json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode()
         return hashlib.sha256(head + hashlib.sha256(tensor_bytes(tensor)).digest()).digest()
 
+    if any(map(is_sharded, tensors.values())):  # ranks gather them in one order, and none holds two whole ones
+        return hashlib.sha256(b"".join(map(digest, sorted(tensors.items())))).hexdigest()
     with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
         return hashlib.sha256(b"".join(pool.map(digest, sorted(tensors.items())))).hexdigest()
 

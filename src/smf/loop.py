@@ -6,10 +6,10 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +20,18 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .checkpoints import newest_complete, read_manifest, seal, step_of
 from .data import Collator, Example, pad_id
 from .epoch_cache import HIDDEN, EpochCache, why_not
-from .errors import ConfigError, Stopped, TrainingError
+from .errors import ConfigError, SmfError, Stopped, TrainingError
 from .evaluate import token_loss
+from .faults import explanation
 from .files import write_atomically, write_json
 from .methods import Prepared
 from .optimizer import SparseMemoryOptimizer
-from .ranks import mean_
+from .ranks import join_again, mean_, same_everywhere
 from .recipe import Recipe
 from .skipping import SKIPPED, Skipping
 from .stopping import StopAtSigterm
+
+PATIENCE = timedelta(days=1)  # of ranks with the first one, which may score for hours while they wait in a step
 
 
 def mean_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -86,15 +89,23 @@ class Fitted(NamedTuple):
 
 
 class LossGoesOn(TrainerCallback):
-    """Gives a resumed Trainer the losses that it had added up but not logged yet, so that its next log is the same."""
+    """Gives a resumed Trainer the losses that it had added up but not logged yet, so that its next log is the same.
+
+    Also knows when everything of the checkpoint has been read: once the first step begins.
+    """
 
     def __init__(self, trainer: RunTrainer, manifest: dict[str, Any]):
         self.trainer, self.manifest = trainer, manifest
+        self.read = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Trainer has just set both to nothing."""
         self.trainer._tr_loss += self.manifest["loss"]
         self.trainer._globalstep_last_logged = self.manifest["logged_at"]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Nothing is read any more."""
+        self.read = True
 
 
 def is_main() -> bool:
@@ -104,8 +115,8 @@ def is_main() -> bool:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except ValueError:  # cut off by a crash
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):  # cut off by a crash, or not written by us
         return math.inf
 
 
@@ -118,7 +129,7 @@ class MetricsFile(TrainerCallback):
         if isinstance(optimizer, SparseMemoryOptimizer) and optimizer.background is not None:
             layers = optimizer.memories.items()
             self.hubs = {layer: optimizer.background.hubs(layer, memory.shape.n_rows) for layer, memory in layers}
-        lines = path.read_text().splitlines() if path.is_file() and resumed_at else []
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() and resumed_at else []
         kept = [line for line in lines if _step(line) <= resumed_at]
         if is_main():
             write_atomically(path, "".join(f"{line}\n" for line in kept))
@@ -176,11 +187,16 @@ def fit(
         Stopped: where SIGTERM came, after a checkpoint.
     """
     assert prepared.optimizer is not None
+    join_again(PATIENCE)
     arguments = _arguments(recipe, folder / "checkpoints", steps, prepared.max_grad_norm)
     checkpoint = newest_complete(folder / "checkpoints", tidy=is_main())
     if checkpoint is not None:
         print(f"smf: {name}: resuming from {checkpoint}", file=sys.stderr)
     done = step_of(checkpoint) if checkpoint else 0
+    if not same_everywhere(done):
+        raise TrainingError(
+            f"{name}: the ranks find different checkpoints: {folder} must be one folder for all of them"
+        )
     most, listed = recipe.train.max_skipped, folder / SKIPPED
     skipping = Skipping(prepared.optimizer, examples, recipe.train.batch_size, most, listed, done, main=is_main())
     trainer = RunTrainer(
@@ -195,10 +211,10 @@ def fit(
     if on_the_way is not None:
         trainer.on_the_way = on_the_way
         trainer.add_callback(on_the_way)
-    if checkpoint is not None:
-        manifest = read_manifest(checkpoint)
-        trainer.seconds_before = manifest["seconds"]
-        trainer.add_callback(LossGoesOn(trainer, manifest))
+    manifest = read_manifest(checkpoint) if checkpoint else {"seconds": 0.0, "loss": 0.0, "logged_at": 0}
+    trainer.seconds_before = manifest["seconds"]
+    goes_on = LossGoesOn(trainer, manifest)
+    trainer.add_callback(goes_on)
     trainer.cache = _open_cache(recipe, prepared.model, examples, folder, name)
     trainer.started = time.perf_counter()
     with StopAtSigterm() as stop, contextlib.ExitStack() as cleanup:
@@ -207,8 +223,12 @@ def fit(
         trainer.add_callback(stop)  # last: a step is scored before it is saved
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except pickle.UnpicklingError as error:  # Trainer reads its pickles as weights only
-            raise TrainingError(f"{checkpoint} holds what Trainer did not save: {error}; remove it to go on") from error
+        except Exception as error:
+            if checkpoint is None or goes_on.read or isinstance(error, SmfError) or explanation(error, folder):
+                raise
+            said = str(error).partition("\n")[0]  # Trainer reads its pickles as weights only
+            why = f"{type(error).__name__}: {said}"
+            raise TrainingError(f"{checkpoint} holds what Trainer did not save; remove it to go on ({why})") from error
     if stop.came:
         done = trainer.state.global_step
         raise Stopped(f"{name}: stopped by SIGTERM after step {done} of {steps}; the same command goes on from there")
@@ -238,7 +258,7 @@ def _arguments(recipe: Recipe, checkpoints: Path, steps: int, max_grad_norm: flo
         raise ConfigError(
             f"batch_size = {options.batch_size} is not a multiple of micro_batch_size x ranks = {per_step}"
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
         per_device_train_batch_size=options.micro_batch_size,
@@ -257,7 +277,11 @@ def _arguments(recipe: Recipe, checkpoints: Path, steps: int, max_grad_norm: flo
         dataloader_num_workers=0,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_timeout=int(PATIENCE.total_seconds()),
     )
+    # Trainer would give a micro-batch to every GPU of the machine (nn.DataParallel), which is another batch size
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def steps_of(steps: int, epochs: float, examples: int, batch_size: int) -> int:

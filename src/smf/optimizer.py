@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import ranks, refusals
+from . import ranks, refusals, sharding
 from .background import Background
 from .errors import ConfigError, TrainingError
 from .fingerprint import is_memory_parameter
@@ -111,6 +111,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         provenance: bool = False,
     ):
         refusals.check_model(model)
+        sharding.refuse_deepspeed()
+        sharding.refuse_wrappers(model)
         self.memories = memory_layers(model, adapter)
         refusals.check_memories(self.memories)
         refusals.check_numbers(
@@ -143,7 +145,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
 
         self._trained = {layer: _trained_ids(memory) for layer, memory in self.memories.items()}
         anchors = [memory.tensor("anchor") for memory in self.memories.values()]
-        others = _other_parameters(model, self.memories)
+        self._others = others = _other_parameters(model, self.memories)
+        sharding.refuse_parts(self.memories, others)
         groups: list[dict[str, Any]] = [{"params": anchors, "lr": lr}]
         if others:
             groups.append({"params": others, "lr": lr if lr_other is None else lr_other})
@@ -231,12 +234,14 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
 
     def _clip(self, grads: dict[int, Tensor]) -> float:
         """Scale all gradients by one factor; the norm is that of chosen rows and other parameters together."""
-        others = [p.grad for group in self.param_groups[1:] for p in group["params"] if p.grad is not None]
-        norm = torch.stack([g.norm().double().cpu() for g in [*grads.values(), *others]]).norm().item()
+        norm = _norm(grads, self._others)
+        if not ranks.same_everywhere(norm):  # DDP has averaged them; FSDP2 ignores them, and without either nobody has
+            ranks.mean_gradients_(self._others)
+            norm = _norm(grads, self._others)
         if norm != norm or norm == float("inf"):
             raise TrainingError(self._not_finite("the gradient norm"))
         if self.max_grad_norm and norm > self.max_grad_norm:
-            for grad in [*grads.values(), *others]:
+            for grad in [*grads.values(), *_gradients(self._others)]:
                 grad.mul_(self.max_grad_norm / (norm + 1e-6))
         return norm
 
@@ -306,6 +311,8 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
                 "a GradScaler scaled the loss (fp16), but it cannot unscale the rows' gradient; train in bfloat16 "
                 "instead: TrainingArguments(bf16=True) or torch.autocast(..., dtype=torch.bfloat16) without a scaler"
             )
+        sharding.refuse_deepspeed()
+        sharding.refuse_parts(self.memories, self._others)
         for layer, memory in self.memories.items():
             if not memory.belongs_to(self):
                 raise TrainingError("another SparseMemoryOptimizer was made for this model later; step that one")
@@ -378,6 +385,14 @@ def _other_parameters(model: nn.Module, memories: dict[int, ProductKeyMemory]) -
     kept = {id(t) for memory in memories.values() for t in memory.others().values()}
     foreign = {id(p) for name, p in model.named_parameters() if is_memory_parameter(name) and id(p) not in kept}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in foreign]
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _norm(grads: dict[int, Tensor], parameters: list[nn.Parameter]) -> float:
+    return torch.stack([g.norm().double().cpu() for g in [*grads.values(), *_gradients(parameters)]]).norm().item()
 
 
 def round_to_bfloat16(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -200,6 +200,8 @@ def _check_header(about: dict[str, Any]) -> None:
         raise PatchError(f"the patch's header is not whole: {wrong or ['stored']}")
     if not 1 <= about["width"] < 2**31 or not {about["dtype"], about.get("base_dtype", about["dtype"])} <= {*DTYPES}:
         raise PatchError(f"the patch's base has width {about['width']} and {about['dtype']!r:.40} numbers")
+    if not 0 <= about.get("lora_numbers", 0) < 2**63:  # a table says how large a LoRA of the same base is
+        raise PatchError(f"the patch's header says that a LoRA has {about['lora_numbers']!r:.40} numbers")
     config, trained = about["config"], sorted({*KINDS} - {"values", "anchor"})
     strange = sorted({*config} - {*SparseMemoryConfig.__annotations__})
     if strange:

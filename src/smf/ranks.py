@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .rows import find
 from .selection import Reads
@@ -13,6 +17,23 @@ from .selection import Reads
 def world_size() -> int:
     """Ranks that train together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def join_again(timeout: timedelta) -> None:
+    """Join the other ranks of a job that torchrun has started anew.
+
+    All starts of a job on one machine share torchrun's store, in which a rank that is early finds the addresses of the
+    start before: it is refused there, and the restart fails (pytorch issue 135712). Under a prefix of its own a start
+    finds only itself. On several machines each counts its restarts alone, so that only torchrun can tell them apart
+    (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`).
+    """
+    start, local = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("LOCAL_WORLD_SIZE")
+    if start == "0" or local != os.environ.get("WORLD_SIZE") or dist.is_initialized():
+        return
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store = dist.PrefixStore(f"start {start}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def sum_reads(reads: Reads) -> Reads:
@@ -64,12 +85,24 @@ def mean_(tensor: Tensor) -> None:
         tensor /= world
 
 
-def same_everywhere(value: int) -> bool:
-    """Whether all ranks hold the same number."""
-    world = world_size()
-    if world == 1:
+def mean_gradients_(parameters: list[nn.Parameter]) -> None:
+    """Replace the gradients of parameters by their means over the ranks; where a rank has none, it counts as zero."""
+    if not parameters:
+        return
+    used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=_device())
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    for parameter, anywhere in zip(parameters, used.tolist(), strict=True):
+        if anywhere:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            mean_(parameter.grad)
+
+
+def same_everywhere(value: float) -> bool:
+    """Whether all ranks hold the same number; NaN is the same as infinity."""
+    if world_size() == 1:
         return True
-    mine = torch.tensor([value, -value], device=_device())
+    value = math.inf if math.isnan(value) else value
+    mine = torch.tensor([value, -value], dtype=torch.float64, device=_device())
     dist.all_reduce(mine, op=dist.ReduceOp.MAX)
     return bool(mine[0] == -mine[1])
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from . import ranks
 from .data import Example
-from .errors import TrainingError
+from .errors import TrainingError, refusing
 from .files import write_json
 from .optimizer import SparseMemoryOptimizer
 
@@ -109,10 +109,11 @@ class Skipping(TrainerCallback):
 
 
 def _listed(path: Path) -> list[dict[str, Any]]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:  # none was skipped, or another rank has just seen that none counts
-        return []
+    with refusing(TrainingError, f"{path} is not what was written; remove {path.parent} to begin this run anew"):
+        try:
+            return [each | {"step": int(each["step"])} for each in json.loads(path.read_text())]
+        except FileNotFoundError:  # none was skipped, or another rank has just seen that none counts
+            return []
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:

@@ -9,6 +9,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -21,10 +22,10 @@ from transformers import set_seed
 
 from . import methods
 from .base import load_base
-from .checkpoints import MANIFEST, read_manifest
+from .checkpoints import MANIFEST, flaw, read_manifest, seal
 from .data import Loaded, in_order, with_replay
 from .epoch_cache import HIDDEN
-from .errors import ConfigError, refusing
+from .errors import ConfigError, TrainingError, refusing
 from .evaluate import score
 from .faults import explained
 from .files import remove_parts, write_atomically, write_json
@@ -111,6 +112,9 @@ def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded
     shares = {round(share * steps): share for share in sorted(options.score_at) if 0 < round(share * steps) < steps}
     files = {step: folder / "scores" / f"step-{step}.json" for step in shares}
 
+    for file in files.values():
+        if is_main() and file.is_file():
+            _scores_on_the_way(file)  # before hours of training rather than after them
     peak: list[float] = []
 
     def score_now() -> dict[str, Any]:
@@ -136,10 +140,19 @@ def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded
         result["peak_memory_mb"] = peak[0]
     if is_main():
         result["on_the_way"] = [
-            {"step": step, "share": share, "scores": json.loads(files[step].read_text())}
-            for step, share in shares.items()
+            {"step": step, "share": share, "scores": _scores_on_the_way(files[step])} for step, share in shares.items()
         ]
     return result
+
+
+def _scores_on_the_way(file: Path) -> dict[str, Any]:
+    """What was scored before the end, perhaps by a process that was killed since."""
+    run = file.parents[1]
+    with refusing(TrainingError, f"{file} is not what was written; remove {run} to begin this run anew"):
+        scores = json.loads(file.read_text())
+        if not all({"role", "task", "metrics", "records"} <= set(entry) for entry in scores.values()):
+            raise ValueError("expected scores with role, task, metrics and records")
+    return scores
 
 
 def _score(prepared: methods.Prepared, recipe: Recipe, loaded: Loaded) -> dict[str, Any]:
@@ -172,7 +185,10 @@ def _prepare(recipe: Recipe, name: str, loaded: Loaded, folder: Path) -> tuple[m
     # methods with the same memory share its healing, but for torchrun, whose ranks must agree whether it is there
     healed = (folder if "RANK" in os.environ else folder.parent) / f"healed-{recipe.healing_id(method)}"
     with _alone_in(healed, wait=True):
-        if not (healed / MANIFEST).is_file():
+        if (why := flaw(healed)) is not None:
+            if is_main() and (healed / MANIFEST).is_file():
+                print(f"smf: {name}: healing again: in {healed} {why}", file=sys.stderr)
+                (healed / MANIFEST).unlink()
             _heal(recipe, name, loaded, healed)
     model = PeftModel.from_pretrained(_base(recipe, loaded), healed, is_trainable=True)
     return make(model, method, recipe, loaded), read_manifest(healed)["seconds"]
@@ -188,9 +204,9 @@ def _heal(recipe: Recipe, name: str, loaded: Loaded, healed: Path) -> None:
     fitted = fit(prepared, examples, recipe, healed, tokenizer, steps=steps, loss="full", name=title)
     if is_main():
         prepared.save(healed)
-        write_json(healed / MANIFEST, {"seconds": fitted.seconds, "skipped_steps": fitted.skipped})
         for finished in ("checkpoints", HIDDEN):
             shutil.rmtree(healed / finished, ignore_errors=True)
+        seal(healed, seconds=fitted.seconds, skipped_steps=fitted.skipped)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
