@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +64,7 @@ def test_an_address_that_no_ray_answers_at_is_refused_at_once(tmp_path: Path, no
 
 @pytest.mark.parametrize("address", ["", "nonsense", "host:", "host:port", ":6379", "ray://host:10001", "local:1:x"])
 def test_what_is_no_address_is_refused(tmp_path: Path, no_ray_started: None, address: str):
-    with pytest.raises(ConfigError, match=re.escape(f"--ray {address!r}: expected \"local\"")):
+    with pytest.raises(ConfigError, match=re.escape(f'--ray {address!r}: expected "local"')):
         on_ray(address, tmp_path, 2).__enter__()
 
 
@@ -143,7 +142,9 @@ def test_a_grid_on_ray_whose_worker_is_killed_ends_as_in_sequence(
     """`kill -9` of the process that trains, after a checkpoint of the middle of its steps."""
     pytest.importorskip("ray")
     world = make_world(tmp_path)
-    world.write_text(world.read_text().replace("steps = 4\n", "steps = 60\n").replace("save_every = 2", "save_every = 7"))
+    world.write_text(
+        world.read_text().replace("steps = 4\n", "steps = 60\n").replace("save_every = 2", "save_every = 7")
+    )
     calm, killed = (load_recipe(world, output=str(tmp_path / name), jobs=2) for name in ("calm", "killed"))
     compare(calm, ["smf", "lora"])
     capfd.readouterr()
@@ -166,6 +167,10 @@ def test_a_grid_on_ray_whose_worker_is_killed_ends_as_in_sequence(
     for recipe in (calm, killed):
         for file in Path(recipe.output).glob("*/l*"):
             file.unlink()  # log.txt and lock
+        for file in Path(recipe.output).glob("*/*/adapter_config.json"):  # where PEFT writes down a set, in any order
+            config = json.loads(file.read_text())
+            order = config["target_modules"]
+            file.write_text(json.dumps(config | {"target_modules": sorted(order) if order else order}))
     assert_same_runs(calm, killed, ("base", "smf", "lora"))
 
 
@@ -194,7 +199,7 @@ def world_of_many_steps(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def two_machines(tmp_path: Path, importable: None) -> Iterator[tuple[str, Path]]:
-    """A cluster of two nodes, the second of which has another disk at the output folder; its address, and the folder."""
+    """A cluster of two nodes, the second with another disk at the output folder; its address, and the folder."""
     pytest.importorskip("ray")
     output, ray = tmp_path / "output", str(Path(sys.executable).with_name("ray"))
     output.mkdir()
@@ -204,7 +209,15 @@ def two_machines(tmp_path: Path, importable: None) -> Iterator[tuple[str, Path]]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     small = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", "--block"]
-    head = [ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false", *small]
+    head = [
+        ray,
+        "start",
+        "--head",
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+        "--include-dashboard=false",
+        *small,
+    ]
     join = f"mount -t tmpfs tmpfs {output} && exec {ray} start --address=127.0.0.1:{port} {' '.join(small)}"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     nodes = [subprocess.Popen(head, **quiet)]
@@ -229,14 +242,13 @@ def _answers(port: int) -> bool:
 @pytest.mark.slow
 def test_a_machine_with_another_disk_is_refused_before_anything_runs(two_machines: tuple[str, Path]):
     address, output = two_machines
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:  # until the second one has joined
+
+    def refused() -> str:
         try:
-            with on_ray(address, output, 1) as workers:
-                assert workers._cores == 1
-        except ConfigError as refused:
-            assert f"does not see the output folder {output}" in str(refused)
-            break
-    else:
-        pytest.fail("no machine was refused")
+            with on_ray(address, output, 1):
+                return ""
+        except ConfigError as error:
+            return str(error)
+
+    wait_for(lambda: f"does not see the output folder {output}" in refused())  # until the second one has joined
     assert not list(output.iterdir())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .errors import ConfigError, SmfError, Stopped, TrainingError
 
@@ -304,6 +304,35 @@ def push(
     print(push_to_hub(run, repo, private=not public))
 
 
+def doctor(
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="folders of runs, or of one run each")] = (),
+    /,
+    plan: Annotated[Path | None, tyro.conf.arg(metavar="RECIPE")] = None,
+    format: Annotated[Literal["table", "json"], tyro.conf.arg(help="what to print")] = "table",
+    overrides: Options = Overrides(),
+) -> None:
+    """Look at this machine, and at the runs of some folders; say what to do about what is wrong. Changes nothing.
+
+    Of a run: whether it is finished, and the newest checkpoint that it could go on from; checkpoints, results, patches
+    and adapters that are damaged; which process works in it; skipped steps; what was set aside; its bytes on disk. The
+    exit code is 0 where nothing needs to be done, and 1 where something does. With --plan nothing is looked at, but
+    what a recipe would take.
+
+    Args:
+        plan: a recipe: print what its methods take in memory, disk, computation and exchange, as counted on its model
+            and measured by a few steps on this machine, and what larger models and tables would take.
+    """
+    if plan is not None:
+        from .plan_cli import print_plan
+
+        print_plan(overrides.load(plan), as_json=format == "json")
+        return
+    from .doctor_cli import examine
+
+    if not examine(runs, as_json=format == "json"):
+        sys.exit(1)
+
+
 def patch(command: Positional[str] = "--help", /) -> None:
     """Patches: inspect, apply, revert, merge, diff, forget; `smf patch --help` says more.
 
@@ -335,6 +364,7 @@ def main() -> None:
         "train": train,
         "eval": evaluate,
         "push": push,
+        "doctor": doctor,
         "patch": patch,
     }
     try:

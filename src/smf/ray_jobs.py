@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +27,7 @@ TRIES = 4  # of a job whose process or machine is lost
 STORE = 80 * 2**20  # bytes of shared memory for a local Ray, the least that it takes; what is passed on is small
 ASIDE = ".ray-check-"  # begins the names of folders by which machines see whether they share a disk
 PATIENCE = 5.0  # seconds for an address to answer
+LOOK = 0.2  # seconds between two looks at what runs
 PACKAGES = ("sparse-memory-finetuning", "torch", "transformers", "peft")  # must be of one version everywhere
 
 
@@ -94,13 +96,8 @@ class RayWorkers:
 
     def ended(self, handles: Sequence[Any], seconds: float | None) -> dict[Any, int]:
         """Exit codes; a job whose process or machine is lost has not ended, unless it was begun often enough."""
-        import ray
-
         by_ref = {task.ref: task for task in handles}
-        if not by_ref:
-            return {}
-        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=seconds)
-        codes = {by_ref[ref]: self._code(by_ref[ref]) for ref in ready}
+        codes = {by_ref[ref]: self._code(by_ref[ref]) for ref in _ready(list(by_ref), min(1, len(by_ref)), seconds)}
         return {task: code for task, code in codes.items() if code is not None}
 
     def _code(self, task: _Task) -> int | None:
@@ -135,8 +132,7 @@ class RayWorkers:
 
         for task in handles:
             ray.cancel(task.ref, force=False)
-        if handles:
-            ray.wait([task.ref for task in handles], num_returns=len(handles))
+        _ready([task.ref for task in handles], len(handles), None)
 
 
 @dataclass(eq=False)
@@ -147,6 +143,22 @@ class _Task:
     threads: int
     ref: Any
     tries: int = 1
+
+
+def _ready(refs: list[Any], count: int, seconds: float | None) -> list[Any]:
+    """Those of some tasks that have ended, once so many have, or the seconds are over.
+
+    Ray's own waiting turns what a signal's handler raises into another exit, so that SIGTERM must come between looks.
+    """
+    import ray
+
+    began = time.monotonic()
+    while refs:
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        if len(ready) >= count or (seconds is not None and time.monotonic() - began >= seconds):
+            return ready
+        time.sleep(LOOK)
+    return []
 
 
 # -- in a process of the cluster --------------------------------------------------------------------------------------
