@@ -1,7 +1,7 @@
-"""What a method takes: bytes and FLOPs of a step, counted on its own model with tensors that have sizes but no numbers.
+"""What a method takes: bytes and FLOPs of a step, counted on its own model with tensors without numbers.
 
-The passes are torch's own, on fake tensors: nothing is assumed of an architecture, and a model of any size can be looked
-at anywhere. What an optimizer keeps, writes and exchanges is known from its numbers.
+The passes are torch's own, on fake tensors: nothing is assumed of an architecture, and a model of any size can be
+looked at anywhere. What an optimizer keeps, writes and exchanges is known from its numbers.
 """
 
 from __future__ import annotations
@@ -238,7 +238,8 @@ def costs_of(recipe: Recipe, method: Method, config: Any, steps: int) -> Costs |
 def _costs(recipe: Recipe, method: Method, model: Any, steps: int) -> Costs:
     train = recipe.train
     micro, tokens = train.micro_batch_size * train.max_length, train.batch_size * train.max_length
-    memories = memory_layers(model) if method.kind == "smf" else {}
+    healing, every = method.kind == "healed", method.kind == "healed" or method.rule == "all"
+    memories = memory_layers(model) if method.kind == "smf" or healing else {}
     shapes = [memory.shape for memory in memories.values()]
     weights, table = bytes_of(model.parameters()), bytes_of(memory.values for memory in memories.values())
     added = bytes_of(p for n, p in model.named_parameters() if "sparse_memory_" in n and "anchor" not in n)
@@ -246,15 +247,15 @@ def _costs(recipe: Recipe, method: Method, model: Any, steps: int) -> Costs:
     trained, numbers = bytes_of(iter(dense)), sum({id(p): p.numel() for p in dense}.values())
     factors = sum(micro * (s.heads * s.knn * (4 + s.dtype.itemsize) + s.d * s.dtype.itemsize) for s in shapes)
     read = [min(s.n_rows, tokens * s.heads * s.knn) for s in shapes]
-    chosen = [r if method.rule == "all" else min(r, method.rows_per_step) for r in read]
+    chosen = [r if every else min(r, method.rows_per_step) for r in read]
     ever = [min(s.n_rows, steps * t) for s, t in zip(shapes, chosen, strict=True)]
     row = [s.d * max(4, s.table_dtype.itemsize) for s in shapes]
     kept = sum(n * (ROW_KEPT * size + ROW_IDS) for n, size in zip(ever, row, strict=True))
     gradient = sum(t * size for t, size in zip(chosen, row, strict=True))
-    if method.update == "masked-adam":
+    if method.update == "masked-adam" and not healing:
         kept = 4 * table  # old table, two moments, a gradient
     patch = sum(n * (s.d * s.table_dtype.itemsize + 4) for n, s in zip(ever, shapes, strict=True)) + trained
-    result = patch + added if method.kind == "smf" else trained
+    result = patch + added if memories else trained
     times = max(1, train.batch_size // train.micro_batch_size)
     passes = count_passes(model, train.micro_batch_size, train.max_length, times)
     return Costs(

@@ -24,25 +24,25 @@ from .optimizer import SparseMemoryOptimizer
 from .recipe import MemoryOptions, Method, Recipe
 from .shape import available_memory
 
-BACKBONES: dict[str, dict[str, Any]] = {  # shapes of Qwen2.5 (arXiv 2412.15115, table 1)
-    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-    | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
-    | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
-    | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
-    "72B": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64}
-    | {"num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
+
+def _shape(width: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    return sizes | {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}
+
+
+BACKBONES = {  # shapes of Qwen2.5 (arXiv 2412.15115, table 1)
+    "0.5B": _shape(896, 4864, 24, 14, 2, 151936, True),
+    "1.5B": _shape(1536, 8960, 28, 12, 2, 151936, True),
+    "7B": _shape(3584, 18944, 28, 28, 4, 152064, False),
+    "72B": _shape(8192, 29568, 80, 64, 8, 152064, False),
 }
-STAND_IN = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
-STAND_IN |= {"num_key_value_heads": 2, "vocab_size": 16384}
-TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-TINY |= {"num_key_value_heads": 2, "vocab_size": 64}
+STAND_IN = _shape(512, 1536, 8, 8, 2, 16384, True)
+TINY = _shape(32, 32, 3, 2, 2, 64, True)
 TINY_MEMORY = MemoryOptions(n_keys=16, heads=2, knn=2, k_dim=8)
 TABLES = (128, 512, 1024)  # n_keys: 16k, 262k and 1M rows
 KINDS = ("smf", "lora", "full")  # whose speeds are measured
-TOKENS = 256  # of a measured step, at most
-STEPS = 3  # that are measured, after one that is not
+TOKENS = 128  # of a measured step, at most
+STEPS = 2  # that are measured, after one that is not
 UNKNOWN = 1000  # steps of a training whose length depends on data that was not looked at
 
 
@@ -209,7 +209,7 @@ def _fits(recipe: Recipe, config: Any) -> bool:
 
 
 def calibrate(recipe: Recipe, config: Any) -> tuple[dict[str, Measured], list[str]]:
-    """Some steps of each of `KINDS` on the recipe's base, or on a stand-in where `config` is None; and what was done."""
+    """Some steps of each of `KINDS` on the recipe's base (a stand-in, where `config` is None), and what was done."""
     found = {}
     for name, method in _of_each_kind(recipe).items():
         print(f"smf: measuring {name}", file=sys.stderr)
@@ -223,8 +223,8 @@ def calibrate(recipe: Recipe, config: Any) -> tuple[dict[str, Measured], list[st
     what = f"the recipe's base {recipe.base}" if config is not None else "a stand-in of 8 layers of width 512"
     tokens = recipe.train.micro_batch_size * recipe.train.max_length
     about = [
-        f"measured: {STEPS} steps of {', '.join(found)} on {what}, of {tokens} random tokens each, rows by rule tf; "
-        f"{torch.get_num_threads()} threads, {'cuda' if torch.cuda.is_available() else 'cpu'}",
+        f"measured: {STEPS} steps each of {', '.join(found)} on {what}, of {tokens} random tokens, rows by rule tf, "
+        f"with {torch.get_num_threads()} threads, {'cuda' if torch.cuda.is_available() else 'cpu'}",
         "counted, on tensors without numbers: FLOPs and bytes of passes; known: bytes of states, files, exchange. Every "
         "example is as long as max_length, and every token learned; of rows, the most that can be chosen",
         "extrapolated: seconds, by the counted FLOPs and a matrix product of the model's width, which is measured",

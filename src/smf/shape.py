@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from .errors import ConfigError
 
@@ -75,7 +76,7 @@ class MemoryShape:
         Where a file says the sizes, nothing but this machine bounds them: a file of a few rows may belong to a table of
         gigabytes, which is drawn anew and not read. What is drawn is drawn in float32 and then cast.
         """
-        if torch._guards.detect_fake_mode() is not None:  # tensors without numbers, to count with, take none
+        if detect_fake_mode() is not None:  # tensors without numbers, to count with, take none
             return
         needed = 0
         for kind, (dtype, size) in self.layouts().items():
