@@ -204,7 +204,7 @@ def count_passes(model: Any, rows: int, length: int, times: int = 1) -> Passes:
 def _loss(model: Any, ids_BS: Tensor) -> Tensor:
     """Of all positions, as `token_loss` takes those with labels."""
     logits_BSV = model(input_ids=ids_BS).logits
-    where_2L = torch.empty(2, ids_BS[:, 1:].numel(), dtype=torch.long)
+    where_2L = torch.zeros(2, ids_BS[:, 1:].numel(), dtype=torch.long)
     logits_LV = logits_BSV[:, :-1][where_2L[0], where_2L[1]]
     wide_LV = logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32))
     return F.cross_entropy(wide_LV, where_2L[0], reduction="none").sum()
@@ -254,6 +254,7 @@ def _costs(recipe: Recipe, method: Method, model: Any, steps: int) -> Costs:
     gradient = sum(t * size for t, size in zip(chosen, row, strict=True))
     if method.update == "masked-adam" and not healing:
         kept = 4 * table  # old table, two moments, a gradient
+    kept += (added - table) if memories else 0  # whatever else the memory has, as it was
     patch = sum(n * (s.d * s.table_dtype.itemsize + 4) for n, s in zip(ever, shapes, strict=True)) + trained
     result = patch + added if memories else trained
     times = max(1, train.batch_size // train.micro_batch_size)

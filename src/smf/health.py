@@ -203,10 +203,9 @@ def _look_at_result(health: Health, folder: Path) -> None:
         do = "change what the reason names; with the same recipe, " if health.newest is None else ""
         health.findings.append(Finding(str(folder), what, f"{do}{_going_on(folder)}"))
         return
-    after = (
-        "no checkpoint to go on from" if health.newest is None else f"it stopped after step {health.newest} or later"
-    )
-    health.findings.append(Finding(str(folder), f"unfinished: {after}, and nobody works in it", _going_on(folder)))
+    after = "without a checkpoint" if health.newest is None else f"with a checkpoint of step {health.newest}"
+    what = f"unfinished, {after}, and nobody works in it"
+    health.findings.append(Finding(str(folder), what, _going_on(folder)))
     _look_for_room(health, folder)
 
 

@@ -130,14 +130,15 @@ def plan(recipe: Recipe) -> Plan:
     larger = []
     wide = replace(recipe, dtype="bfloat16")
     for shape, sizes in BACKBONES.items():
+        config = Qwen2Config(**sizes)
         for name, method in _of_each_kind(recipe).items():
             for n_keys in TABLES if method.kind == "smf" else (0,):
                 print(f"smf: counting {name} on {shape}", file=sys.stderr)
                 more = replace(method, layers=None, memory=_table(recipe, method, n_keys))
-                larger += predict(wide, name, more, Qwen2Config(**sizes), shape, steps, measured)
+                larger += predict(wide, name, more, config, shape, steps, measured)
     about.append(
-        f"larger models: shapes of Qwen2.5 in bfloat16, memory at three layers; {', '.join(BACKBONES)}; nothing of them "
-        "is measured but a matrix product of their width"
+        f"larger models: shapes of Qwen2.5 in bfloat16, {', '.join(BACKBONES)}, with a memory at three layers; of them "
+        "nothing is measured but a matrix product of their width"
     )
     return Plan(about, measured, found, larger)
 
@@ -223,10 +224,10 @@ def calibrate(recipe: Recipe, config: Any) -> tuple[dict[str, Measured], list[st
     what = f"the recipe's base {recipe.base}" if config is not None else "a stand-in of 8 layers of width 512"
     tokens = recipe.train.micro_batch_size * recipe.train.max_length
     about = [
-        f"measured: {STEPS} steps each of {', '.join(found)} on {what}, of {tokens} random tokens, rows by rule tf, "
-        f"with {torch.get_num_threads()} threads, {'cuda' if torch.cuda.is_available() else 'cpu'}",
-        "counted, on tensors without numbers: FLOPs and bytes of passes; known: bytes of states, files, exchange. Every "
-        "example is as long as max_length, and every token learned; of rows, the most that can be chosen",
+        f"measured: {STEPS} steps each of {', '.join(found)} on {what}, of {tokens} random tokens, rows by rule "
+        f"tf, with {torch.get_num_threads()} threads, {'cuda' if torch.cuda.is_available() else 'cpu'}",
+        "counted, on tensors without numbers: FLOPs and bytes of passes; known: bytes of states, files, exchange. Every"
+        " example is as long as max_length, and every token learned; of rows, the most that can be chosen",
         "extrapolated: seconds, by the counted FLOPs and a matrix product of the model's width, which is measured",
     ]
     return found, about
