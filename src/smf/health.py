@@ -183,10 +183,8 @@ def _look_at_result(health: Health, folder: Path) -> None:
             found = read_result(result)
         except DataError as error:
             health.state = "broken" if health.state != "running" else health.state
-            what = f"result.json cannot be used: {error}"
-            health.findings.append(
-                Finding(str(result), what, f"{_going_on(folder)}  # sets it aside, and does it again")
-            )
+            what = f"it cannot be used: {error}"
+            health.findings.append(Finding(str(result), what, f"{_going_on(folder)} # which sets it aside"))
             return
         health.state = "finished"
         anew = f"rm {_quoted(result)} && {_going_on(folder)}"
