@@ -1,4 +1,4 @@
-"""The cache of hidden states between epochs: the same training, with nothing to do below the first layer that trains."""
+"""The cache of hidden states between epochs: the same training, nothing to do below the first layer that trains."""
 
 from __future__ import annotations
 
