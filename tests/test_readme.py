@@ -84,11 +84,11 @@ def test_smf_commands_run(line: str, runs: Path, request: pytest.FixtureRequest)
     arguments = shlex.split(line)[1:]
     if "../shared" in line:
         request.getfixturevalue("shared")  # skips where it is absent
-    if arguments[0] == "report":  # of what the commands before it have made
+    if arguments[0] in ("report", "doctor"):  # of what the commands before it have made
         if not list(runs.glob("lora-*/result.json")):
             demo = [sys.executable, "-m", "smf", "demo", "--methods", "lora", "--output", str(runs), *SMALL]
             subprocess.run(demo, check=True, capture_output=True, timeout=500)
-        command = [sys.executable, "-m", "smf", "report", str(runs), *arguments[2:]]
+        command = [sys.executable, "-m", "smf", arguments[0], str(runs), *arguments[2:]]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0 and "lora" in done.stdout, done.stderr[-2000:]
         return
