@@ -1,4 +1,4 @@
-"""The cache of hidden states between epochs: the same training, nothing to do below the first layer that trains."""
+"""The cache of hidden states between epochs: the same training, without the layers below the first that trains."""
 
 from __future__ import annotations
 
