@@ -192,6 +192,17 @@ def test_broken_adapters_are_refused(case: str, trained: nn.Module, tmp_path: Pa
         smf.open_patch(tmp_path / folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64])
+def test_a_start_of_another_dtype_is_refused_by_peft_too(dtype: torch.dtype, trained: nn.Module, tmp_path: Path):
+    """torch cannot compare float8 with bytes (found by the slow fuzz)."""
+    trained.save_pretrained(tmp_path / "checkpoint-3")
+    tensors = load_file(tmp_path / "checkpoint-3" / TENSORS)
+    tensors |= {key: tensor.to(dtype) for key, tensor in tensors.items() if key.endswith("start")}
+    save_file(tensors, tmp_path / "checkpoint-3" / TENSORS, metadata={"format": "pt"})
+    with pytest.raises(smf.PatchError, match="is not what the saved rows are changes of"):
+        PeftModel.from_pretrained(tiny_base(), tmp_path / "checkpoint-3")
+
+
 def test_other_adapters_and_other_files_are_refused(tmp_path: Path):
     from peft import LoraConfig
 

@@ -36,7 +36,8 @@ def whole_table(entries: Mapping[str, Tensor], shape: MemoryShape, where: str) -
     """
     rows_RD, ids_R = entries[VALUES], entries[IDS]
     table_ND = shape.start()["values"]
-    if START not in entries or not torch.equal(entries[START].cpu(), _hash_bytes(table_ND)):
+    saved = entries.get(START)
+    if saved is None or saved.dtype != torch.uint8 or not torch.equal(saved.cpu(), _hash_bytes(table_ND)):
         raise PatchError(
             f"{where}: the start that config and seed give here is not what the saved rows are changes of; this "
             "machine or torch draws other initial values"
