@@ -27,6 +27,7 @@ from smf.runs import read_runs
 from smf.stats import change
 from smf.summary import summarise
 from smf.table import scores_table
+from smf.train import run_method
 from smf.tune import at_rate, tune, tuned_recipe, tuning_table
 from tiny import make_world
 
@@ -137,7 +138,7 @@ def fake_run(
 ):
     """Runs whose validation score is highest at the learning rate `best`, and `then` above a rate; None: they fail."""
 
-    def run(recipe: Recipe, runs: Sequence[tuple[Recipe, str]]) -> list[tuple[Recipe, str]]:
+    def run(recipe: Recipe, runs: Sequence[tuple[Recipe, str]], ray: str | None) -> list[tuple[Recipe, str]]:
         for own, name in runs:
             file = result_path(own, name)
             if file.is_file() or own.methods[name].kind == "base":

@@ -176,7 +176,7 @@ def test_what_finished_is_published_before_it_is_said_what_did_not(
 ):
     more = replace(own, methods=own.methods | {"third": LORA})
     file_of(own).write_text(to_toml(more))
-    monkeypatch.setattr(smf.compare, "run_missing", lambda recipe, runs: [(more, "third")])
+    monkeypatch.setattr(smf.compare, "run_missing", lambda recipe, runs, ray: [(more, "third")])
     with pytest.raises(TrainingError, match=rf"did not finish: \['third, lr 0.1.*smf report {own.output}"):
         cli.compare(file_of(own), cli.Comparing(against=against))
     assert chosen(own) == {"lora": 0.2, "smf": 0.1} and "lora" in capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_where_nothing_finished_it_is_said_what_failed(tmp_path: Path, monkeypat
     own = recipe(tmp_path / "runs")
     (tmp_path / "own.toml").write_text(to_toml(own))
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(smf.compare, "run_missing", lambda recipe, runs: runs)
+    monkeypatch.setattr(smf.compare, "run_missing", lambda recipe, runs, ray: runs)
     with pytest.raises(TrainingError, match="did not finish"):
         cli.compare(tmp_path / "own.toml", cli.Comparing())
 

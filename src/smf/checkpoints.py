@@ -35,7 +35,7 @@ def flaw(folder: Path) -> str | None:
         if missing:
             return f"{missing[0]} is missing"
         wrong = [name for name, expected in sums.items() if _sha256(folder / name) != expected]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"its manifest cannot be checked ({type(error).__name__}: {error})"
     return f"{wrong[0]} is not what was written" if wrong else None
 
@@ -48,8 +48,7 @@ def newest_complete(folder: Path, *, tidy: bool) -> Path | None:
         tidy: say which newer ones are not used, and why. One that a crash cut off is removed; one that was complete
             once is kept as "set-aside-STEP", where Trainer does not count it.
     """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal()]
-    for checkpoint in sorted(found, key=step_of, reverse=True):
+    for checkpoint in found_in(folder):
         why = flaw(checkpoint)
         if why is None:
             return checkpoint
@@ -57,6 +56,12 @@ def newest_complete(folder: Path, *, tidy: bool) -> Path | None:
             print(f"smf: set aside {checkpoint}: {why}", file=sys.stderr)
             _set_aside(checkpoint)
     return None
+
+
+def found_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:

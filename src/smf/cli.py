@@ -21,51 +21,10 @@ if TYPE_CHECKING:
 try:
     import tyro
     from tyro.conf import OmitArgPrefixes, Positional
+
+    from .options import Format, Formatted, Options, Overrides, Ray, RecipePath
 except ImportError:  # the command needs the extra [run]; the library does not
     sys.exit("the command smf needs more packages: pip install 'sparse-memory-finetuning[run]'")
-
-RecipePath = Annotated[Positional[Path], tyro.conf.arg(help="a recipe file, or the name of a shipped one")]
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """Keys of the recipe to replace; where none is given, the recipe's own count."""
-
-    base: str | None = None
-    """Model folder, hub name, or "world": the embedded one."""
-    data: str | None = None
-    """Folder with the data sets, "hub", or "world": the embedded sets."""
-    output: str | None = None
-    """Folder of the runs; of a trial (--max-steps, --limit) the recipe's with "-trial" behind it."""
-    seed: int | None = None
-    """Of data order and initial values."""
-    jobs: int | None = None
-    """Methods that run at a time, with an equal share of the processor's cores each."""
-    max_steps: int | None = None
-    """Stop every training after so many steps (to try a recipe)."""
-    limit: int | None = None
-    """Score at most so many rows of every set, the first ones; 0: all rows, whatever the recipe's limits."""
-    set: tuple[str, ...] = ()
-    """Any other keys, as in the recipe: train.max_length=256 memory.layers=[0,1] methods.lora.lr=3e-3."""
-
-    def load(self, path: Path) -> Any:
-        """The recipe at `path` with these keys in place of its own."""
-        from .recipe import limited, shortened
-        from .recipe_file import load_recipe
-
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ConfigError(f"--max-steps must be at least 1; got {self.max_steps}")
-        if self.limit is not None and self.limit < 0:
-            raise ConfigError(f"--limit must be at least 0; got {self.limit}")
-        keys = {key: getattr(self, key) for key in ("base", "data", "output", "seed", "jobs")}
-        recipe = load_recipe(path, self.set, **keys)
-        if self.output is None and (self.max_steps or self.limit):
-            recipe = replace(recipe, output=f"{recipe.output}-trial")  # whose report is not that of the real runs
-        recipe = recipe if self.max_steps is None else shortened(recipe, self.max_steps)
-        return recipe if self.limit is None else limited(recipe, self.limit)
-
-
-Options = OmitArgPrefixes[Overrides]
 
 
 def train(recipe: RecipePath, /, method: str, overrides: Options = Overrides()) -> None:
@@ -111,10 +70,6 @@ def evaluate(
     print_tables(summarise(results, loaded.target.metrics), f"{recipe.stem} on {loaded.base}")
 
 
-Format = Literal["table", "md", "csv", "json"]
-Formatted = Annotated[Format, tyro.conf.arg(help="what to print: tables, Markdown, CSV or JSON")]
-
-
 @dataclass(frozen=True)
 class Comparing:
     """What of a recipe is compared, and how it is shown."""
@@ -132,7 +87,12 @@ Compared = OmitArgPrefixes[Comparing]
 
 
 def compare(
-    recipe: RecipePath, /, what: Compared = Comparing(), dry_run: bool = False, overrides: Options = Overrides()
+    recipe: RecipePath,
+    /,
+    what: Compared = Comparing(),
+    dry_run: bool = False,
+    ray: Ray = None,
+    overrides: Options = Overrides(),
 ) -> None:
     """Train and score every method of a recipe; print the tables and write report.html.
 
@@ -156,7 +116,7 @@ def compare(
     methods = named(_with_reference(what.methods, what.against), loaded.methods)
     title = f"{recipe.stem} on {loaded.base}"
     try:
-        run_all(loaded, methods, what.seeds)
+        run_all(loaded, methods, what.seeds, ray)
     except TrainingError:
         with contextlib.suppress(SmfError):  # where nothing finished there is nothing to show
             _publish_runs_of(loaded, methods, title, what)
@@ -302,6 +262,7 @@ def tune(
     methods: tuple[str, ...] = (),
     points: int = 5,
     factor: float = 2.0,
+    ray: Ray = None,
     overrides: Options = Overrides(),
 ) -> None:
     """Choose each method's learning rate on the recipe's validation set, from grids of equal size.
@@ -317,7 +278,7 @@ def tune(
 
     loaded = overrides.load(recipe)
     output = Path(loaded.output)
-    tuned = with_earlier(loaded, run_all(loaded, methods, points, factor), output / "tune.json")
+    tuned = with_earlier(loaded, run_all(loaded, methods, points, factor, ray), output / "tune.json")
     table = tuning_table(tuned)
     write_json(output / "tune.json", tuned)
     write_atomically(output / "tune.md", table)
@@ -341,6 +302,35 @@ def push(
     from .card import push_to_hub
 
     print(push_to_hub(run, repo, private=not public))
+
+
+def doctor(
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="folders of runs, or of one run each")] = (),
+    /,
+    plan: Annotated[Path | None, tyro.conf.arg(metavar="RECIPE")] = None,
+    format: Annotated[Literal["table", "json"], tyro.conf.arg(help="what to print")] = "table",
+    overrides: Options = Overrides(),
+) -> None:
+    """Look at this machine, and at the runs of some folders; say what to do about what is wrong. Changes nothing.
+
+    Of a run: whether it is finished, and the newest checkpoint that it could go on from; checkpoints, results, patches
+    and adapters that are damaged; which process works in it; skipped steps; what was set aside; its bytes on disk. The
+    exit code is 0 where nothing needs to be done, and 1 where something does. With --plan nothing is looked at, but
+    what a recipe would take.
+
+    Args:
+        plan: a recipe: print what its methods take in memory, disk, computation and exchange, as counted on its model
+            and measured by a few steps on this machine, and what larger models and tables would take.
+    """
+    if plan is not None:
+        from .plan_cli import print_plan
+
+        print_plan(overrides.load(plan), as_json=format == "json")
+        return
+    from .doctor_cli import examine
+
+    if not examine(runs, as_json=format == "json"):
+        sys.exit(1)
 
 
 def patch(command: Positional[str] = "--help", /) -> None:
@@ -374,6 +364,7 @@ def main() -> None:
         "train": train,
         "eval": evaluate,
         "push": push,
+        "doctor": doctor,
         "patch": patch,
     }
     try:

@@ -1,12 +1,13 @@
-"""The comparison: every method of a recipe, for every seed, each in a process of its own."""
+"""The comparison: every method of a recipe, for every seed, each in a process of its own, here or on a Ray cluster."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .files import write_atomically, write_json
 from .jobs import Job, run_jobs, start_server
 from .locks import LOCK
 from .prepare import load
+from .ray_jobs import on_ray
 from .recipe import Recipe
 from .recipe_file import to_toml
 from .runs import FAILED, is_finished, read_result
@@ -25,7 +27,7 @@ Run = tuple[Recipe, str]  # a recipe, and the name of one of its methods
 PRELOADED = ["smf.train", "datasets", "lm_eval.models.huggingface"]  # seconds to import
 
 
-def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[dict[str, Any]]:
+def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1, ray: str | None = None) -> list[dict[str, Any]]:
     """Run what is not finished yet, then return all results, method by method in the recipe's order.
 
     Each run has a process of its own, so that its peak memory is its own and a crash takes nothing else along; several
@@ -36,9 +38,10 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[di
         recipe: what to compare.
         only: names of methods as `named` takes them, beside which the base is always shown; none: all.
         seeds: how many seeds, from the recipe's upwards; the base has one result.
+        ray: a cluster to run on, as `smf.ray_jobs.on_ray` takes it; None: this machine.
 
     Raises:
-        ConfigError: for a method that the recipe does not have.
+        ConfigError: for a method that the recipe does not have, or a cluster that cannot be used.
         TrainingError: where a run did not finish; the others are kept.
     """
     only = named(only, recipe.methods)
@@ -50,7 +53,7 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1) -> list[di
         if not only or name in only or method.kind == "base"
         for i in range(1 if method.kind == "base" else seeds)
     ]
-    failed = run_missing(recipe, runs)
+    failed = run_missing(recipe, runs, ray)
     if failed:
         raise TrainingError(
             f"these methods did not finish: {[_title(*run) for run in failed]}; what went wrong is printed above. The "
@@ -82,12 +85,13 @@ def check_reference(recipe: Recipe, name: str) -> None:
         raise ConfigError(f"there is no method {name!r} to compare with; there are {sorted(names)}")
 
 
-def run_missing(recipe: Recipe, runs: Sequence[Run]) -> list[Run]:
+def run_missing(recipe: Recipe, runs: Sequence[Run], ray: str | None = None) -> list[Run]:
     """Do those runs that are not finished, `recipe.jobs` at a time, the base first; returns those that failed.
 
     Args:
         recipe: what all of them share, and all of their methods.
         runs: the recipe with a run's own seed and rates, and the method's name.
+        ray: a cluster to run on; None: this machine.
     """
     unfinished: list[tuple[str, Run]] = []
     for number, run in enumerate(runs, 1):
@@ -97,16 +101,33 @@ def run_missing(recipe: Recipe, runs: Sequence[Run]) -> list[Run]:
         else:
             unfinished.append((title, run))
     if unfinished:
+        with _running_on(ray, recipe) as run:
+            _run_all(recipe, runs, unfinished, run)
+    return [run for run in runs if not result_path(*run).is_file()]
+
+
+@contextlib.contextmanager
+def _running_on(ray: str | None, recipe: Recipe) -> Iterator[Callable[..., None]]:
+    """`run_jobs`, on this machine or a cluster."""
+    if ray is None:
         start_server(PRELOADED)
-        loaded = load(recipe)  # refuses what can't work before the first method spends time
-        write_atomically(Path(recipe.output) / "recipe.toml", to_toml(recipe))
-        bases = [(title, run) for title, run in unfinished if run[0].methods[run[1]].kind == "base"]
-        run_jobs([_job(title, run, loaded) for title, run in bases], recipe.jobs)
-        if not all(result_path(*run).is_file() for _, run in bases):
-            return [run for _, run in unfinished]  # what cannot score the base can score no method after its training
+        yield run_jobs
+    else:
+        with on_ray(ray, Path(recipe.output), recipe.jobs) as workers:
+            yield partial(run_jobs, workers=workers)
+
+
+def _run_all(
+    recipe: Recipe, runs: Sequence[Run], unfinished: Sequence[tuple[str, Run]], run_jobs: Callable[..., None]
+) -> None:
+    """The base, and the others once it is scored: what cannot score the base can score no method after its training."""
+    loaded = load(recipe)  # refuses what can't work before the first method spends time
+    write_atomically(Path(recipe.output) / "recipe.toml", to_toml(recipe))
+    bases = [(title, run) for title, run in unfinished if run[0].methods[run[1]].kind == "base"]
+    run_jobs([_job(title, run, loaded) for title, run in bases], recipe.jobs)
+    if all(result_path(*run).is_file() for _, run in bases):
         _warn(runs)  # within the first minute, not after hours
         run_jobs([_job(title, run, loaded) for title, run in unfinished if (title, run) not in bases], recipe.jobs)
-    return [run for run in runs if not result_path(*run).is_file()]
 
 
 def _warn(runs: Sequence[Run]) -> None:

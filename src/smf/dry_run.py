@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from . import methods
-from .adapter import set_train
 from .base import base_config, check_models, load_tokenizer, on_this_machine
-from .data import Example, Loaded, ScoredSet, encode
+from .costs import costs_of, model_of, skeleton
+from .data import Example, ScoredSet, encode
 from .errors import HubError, SmfError
 from .evaluate import SLICE
 from .harness import check_name
@@ -37,9 +33,8 @@ from .recipe import Asked, Method, Recipe, asked, sources
 from .sources import CACHE, place
 from .tasks import find_task, harness_task
 
-LOGITS = 3 * 4  # bytes of training's logits for each word of the vocabulary: in float32, their softmax, their gradient
-HIDDEN = 34  # bytes of activations for each hidden number of a token and layer, in 16 bits (Korthikanti et al. 2022)
-ADAM = 8  # bytes of moments for each number that trains
+LOGITS = 2 * 4  # bytes of scoring's logits for each word of the vocabulary: in float32, and their softmax
+LONG = 1000  # steps of a training, where nobody knows them
 
 
 @dataclass
@@ -63,19 +58,19 @@ class Plan:
 
 def dry_run(recipe: Recipe) -> Plan:
     """Look at everything that lies on this machine, and at nothing on the hub but its cache."""
-    plan, tokenizer, model = Plan(), None, None
+    plan, tokenizer, config = Plan(), None, None
     _try(plan, lambda: check_output(Path(recipe.output)))
     _try(plan, lambda: check_target(recipe))
     if on_this_machine(recipe):
         _try(plan, lambda: check_models(recipe))
-        tokenizer, model = _try(plan, lambda: load_tokenizer(recipe)), _try(plan, lambda: _skeleton(recipe))
+        tokenizer, config = _try(plan, lambda: load_tokenizer(recipe)), _try(plan, lambda: base_config(recipe))
     else:
         plan.unchecked.append(f"the base {recipe.base} is on the hub and not in its cache: its layers, sizes, tokens")
-    plan.base = _about_base(recipe, model, tokenizer)
+    plan.base = _about_base(recipe, config, tokenizer)
     examples, longest = _look_at_data(plan, recipe, tokenizer)
     for name, method in recipe.methods.items():
-        trained = None if model is None else _try(plan, lambda method=method: _trained(recipe, method, model))
-        plan.methods.append((name, method.kind, *_about_method(recipe, method, model, examples, longest, trained)))
+        trained = None if config is None else _try(plan, lambda method=method: _trained(recipe, method, config))
+        plan.methods.append((name, method.kind, *_about_method(recipe, method, config, examples, longest, trained)))
     return plan
 
 
@@ -90,17 +85,11 @@ def _try(plan: Plan, look: Callable[[], Any]) -> Any:
         return None
 
 
-def _skeleton(recipe: Recipe) -> Any:
-    """The base without its numbers."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_config(base_config(recipe))
-
-
-def _about_base(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, str]:
+def _about_base(recipe: Recipe, config: Any, tokenizer: Any) -> dict[str, str]:
     about = {"base": recipe.base, "revision": recipe.revision, "loaded as": recipe.dtype}
-    if model is None:
+    if config is None:
         return about
+    model = skeleton(recipe, config)
     size = sum(p.numel() for p in model.parameters())
     about |= {"architecture": type(model).__name__, "parameters": f"{size:,}"}
     if tokenizer is None:
@@ -188,70 +177,61 @@ def _size(found: Any) -> tuple[str, str]:
 
 
 def _about_method(
-    recipe: Recipe, method: Method, model: Any, examples: int | None, longest: int, trained: Trained | None
+    recipe: Recipe, method: Method, config: Any, examples: int | None, longest: int, trained: Trained | None
 ) -> tuple[str, str, str, str]:
     """Learning rate, steps, numbers that train and, of a memory, rows a step, and gigabytes of memory, roughly."""
     options, rate = recipe.train, f"{method.lr:g}" if method.lr else ""
     known = min(options.examples or examples, examples) if examples else options.examples
-    steps = f"{steps_of(options.steps, options.epochs, known, options.batch_size):,}" if known or options.steps else "?"
+    steps = steps_of(options.steps, options.epochs, known, options.batch_size) if known or options.steps else None
+    text = "?" if steps is None else f"{steps:,}"
     if method.kind in ("base", "attached", "healed"):
-        rate, steps = "", "0"
+        rate, text = "", "0"
     if trained is None:
-        return rate, steps, "?", "?"
-    text = f"{trained.numbers:,}" + (f" ({trained.rows})" if trained.rows else "")
-    return rate, steps, text, f"{_gigabytes(recipe, method, model, trained, longest):.1f}"
+        return rate, text, "?", "?"
+    what = f"{trained.numbers:,}" + (f" ({trained.rows})" if trained.rows else "")
+    return rate, text, what, f"{_gigabytes(recipe, method, config, steps or LONG, longest):.1f}"
 
 
 class Trained(NamedTuple):
-    """Numbers that train, numbers that are added to the base, and of a memory which rows."""
+    """Numbers that train, and of a memory which rows."""
 
     numbers: int
-    added: int
     rows: str = ""
 
 
-def _trained(recipe: Recipe, method: Method, model: Any) -> Trained | None:
+def _trained(recipe: Recipe, method: Method, config: Any) -> Trained | None:
     """What a method trains; None where nobody can say before it is made."""
-    size = sum(p.numel() for p in model.parameters())
-    if method.kind == "base":
-        return Trained(0, 0)
-    if method.kind == "full":
-        return Trained(size, 0)
-    if method.kind in methods.WITH_MEMORY:
-        with torch.device("meta"):
-            attached = methods.attach(_skeleton(recipe), method, recipe)
-        added = attached.get_nb_trainable_parameters()[1] - size
-        config = methods.memory_config(recipe, method)
-        layers = len(memory_layers(attached))
-        if method.kind == "healed":
-            set_train(attached, "memory")
-        trained = 0 if method.kind == "attached" else attached.get_nb_trainable_parameters()[0]
-        t = "all" if method.rule == "all" else f"{method.rows_per_step:,}"
-        rows = f"{t} of {config.n_keys**2:,} rows, {layers} layers" if method.kind == "smf" else ""
-        return Trained(trained, added, rows)
-    if method.kind in ("lora", "oft", "shira", "dense-addon"):
-        make = methods.find_method(method.kind)
-        if method.kind == "shira":  # draws where its numbers are, which a skeleton cannot; they are as many as LoRA's
-            make, method = methods.lora, replace(method, options={})
-        with torch.device("meta"):
-            prepared = make(_skeleton(recipe), method, recipe, Loaded(None, [], {}, [], [], []))
-        return Trained(prepared.trained, prepared.trained)
-    return None
+    model = model_of(recipe, method, config)
+    if model is None:
+        return None
+    trained = {id(p): p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    if method.kind not in methods.WITH_MEMORY:
+        return Trained(sum(trained.values()))
+    memories = memory_layers(model)
+    shape = next(iter(memories.values())).shape
+    shape.check_room(len(memories))
+    numbers = 0 if method.kind == "attached" else model.get_nb_trainable_parameters()[0]
+    t = "all" if method.rule == "all" else f"{method.rows_per_step:,}"
+    rows = f"{t} of {shape.n_rows:,} rows, {len(memories)} layers" if method.kind == "smf" else ""
+    return Trained(numbers, rows)
 
 
-def _gigabytes(recipe: Recipe, method: Method, model: Any, trained: Trained, longest: int) -> float:
-    """What the most of training, healing and scoring holds at a time, as a rule of thumb."""
-    config, each = model.config, 4 if recipe.dtype == "float32" else 2
-    size = sum(p.numel() for p in model.parameters())
-    tokens = recipe.train.micro_batch_size * recipe.train.max_length
-    hidden = HIDDEN * each / 2 * config.hidden_size * config.num_hidden_layers
-    passing = tokens * (hidden + LOGITS * config.vocab_size)
-    # a table takes no gradient, and its rows have moments once they were chosen
-    moving = trained.numbers // 4 if method.kind == "smf" else trained.numbers
-    logits = recipe.eval_batch_size * longest * config.vocab_size * each
-    scoring = logits + LOGITS * SLICE * config.vocab_size + moving * ADAM
+def _gigabytes(recipe: Recipe, method: Method, config: Any, steps: int, longest: int) -> float:
+    """What the most of training, healing and scoring holds at a time, without the process itself."""
+    costs = costs_of(recipe, method, config, steps)
+    assert costs is not None  # what nobody can count has no Trained
+    logits = recipe.eval_batch_size * longest * config.vocab_size * (4 if recipe.dtype == "float32" else 2)
+    held = [logits + LOGITS * SLICE * config.vocab_size + costs.states]  # of scoring
     if recipe.divergence:
-        scoring += size * each + logits  # beside the base
-    training = moving * (each + ADAM) + passing if moving and method.kind != "healed" else 0
-    healing = trained.added * (each + ADAM) + passing if method.heal or method.kind == "healed" else 0
-    return ((size + trained.added) * each + max(scoring, training, healing)) / 2**30
+        base = costs_of(recipe, Method(kind="base"), config, steps)
+        held[0] += logits + (base.weights if base is not None else 0)  # beside the base
+    if method.kind not in ("base", "attached", "healed"):
+        held.append(costs.states + costs.passes)
+    healed = costs_of(recipe, replace(method, kind="healed"), config, _healing_steps(recipe)) if method.heal else costs
+    if healed is not None and (method.heal or method.kind == "healed"):
+        held.append(healed.states + healed.passes)
+    return (costs.weights + max(held)) / 2**30
+
+
+def _healing_steps(recipe: Recipe) -> int:
+    return (recipe.heal.steps if recipe.heal else 0) or LONG

@@ -49,8 +49,10 @@ class BusyError(SmfError, RuntimeError):
 class Stopped(SystemExit):
     """The end that SIGTERM asked for: no error, but exit code 75 (EX_TEMPFAIL: try again)."""
 
+    CODE = 75
+
     def __init__(self, message: str):
-        super().__init__(75)
+        super().__init__(self.CODE)
         self.message = message
 
 

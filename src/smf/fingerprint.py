@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import ConfigError
 
@@ -98,9 +99,9 @@ def base_hash(model: nn.Module) -> str | None:
     """Hash of a model's own weights, rounded to bfloat16, without any memory.
 
     The same for a base in float32 and in bfloat16, bare or wrapped by PEFT. None where weights are not in memory
-    (meta tensors), since nothing can be said then.
+    (meta and fake tensors), since nothing can be said then.
     """
     parameters = dict(_base_parameters(model))
-    if any(p.is_meta for p in parameters.values()):
+    if any(p.is_meta or isinstance(p, FakeTensor) for p in parameters.values()):
         return None
     return tensors_hash(parameters, dtype=torch.bfloat16)

@@ -1,4 +1,7 @@
-"""Jobs in processes of their own, some at a time, with what they print in logs and how far they are on the terminal."""
+"""Jobs in processes of their own, some at a time, with what they print in logs and how far they are on the terminal.
+
+The processes are this machine's; `smf.ray_jobs` has those of a Ray cluster.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -66,16 +70,73 @@ def start_server(modules: list[str]) -> None:
         forkserver.ensure_running()
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
-    """Run all jobs, `at_once` at a time with an equal share of the processor's cores each.
+class Workers(Protocol):
+    """Where jobs run: each in a process of its own, which a handle stands for."""
+
+    def threads(self, at_once: int) -> int:
+        """Of each job, where so many run at a time."""
+        ...
+
+    def start(self, job: Job, threads: int) -> Any:
+        """Begin a job; returns its handle."""
+        ...
+
+    def ended(self, handles: Sequence[Any], seconds: float | None) -> dict[Any, int]:
+        """Exit codes by handle of jobs that have ended; waits for one, so many seconds at most (None: for ever)."""
+        ...
+
+    def stop(self, handles: Sequence[Any]) -> None:
+        """Ask jobs to end, as SIGTERM does (a training saves a checkpoint first), and wait until they have."""
+        ...
+
+
+class Processes:
+    """Processes of this machine."""
+
+    def __init__(self) -> None:
+        self._context: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+
+    def threads(self, at_once: int) -> int:
+        """An equal share of the processor's cores."""
+        return max(1, torch.get_num_threads() // at_once)
+
+    def start(self, job: Job, threads: int) -> Any:
+        """The process."""
+        process = self._context.Process(target=_child, args=(job, threads), name=job.title)
+        process.start()
+        return process
+
+    def ended(self, handles: Sequence[Any], seconds: float | None) -> dict[Any, int]:
+        """Processes that are no more."""
+        ended = wait([process.sentinel for process in handles], seconds)
+        found = [process for process in handles if process.sentinel in ended]
+        for process in found:
+            process.join()
+        return {process: process.exitcode for process in found}
+
+    def stop(self, handles: Sequence[Any]) -> None:
+        """By SIGTERM."""
+        for process in handles:
+            process.terminate()
+        for process in handles:
+            process.join()
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, workers: Workers | None = None) -> None:
+    """Run all jobs, `at_once` at a time with an equal share of the processors' cores each.
 
     A job that fails leaves the others alone; its exit code and the end of its log are printed. Who needs to know looks
     for what it was to make.
+
+    Args:
+        jobs: in the order in which they begin.
+        at_once: how many run at a time.
+        workers: where; none: on this machine.
     """
-    context: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
-    threads = max(1, torch.get_num_threads() // at_once)
+    workers = workers or Processes()
+    threads = workers.threads(at_once)
     waiting = list(jobs)
-    running: dict[Any, _Running] = {}  # by process
+    running: dict[Any, _Running] = {}  # by handle
     progress = Live(
         get_renderable=lambda: _progress(list(running.values())),
         console=Console(stderr=True),
@@ -89,18 +150,11 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
                     waiting.remove(job)
                     print(f"smf: {job.title}", file=sys.stderr)
                     printed_before = job.log.stat().st_size if job.log.exists() else 0
-                    process = context.Process(target=_child, args=(job, threads), name=job.title)
-                    process.start()
-                    running[process] = _Running(job, time.monotonic(), printed_before)
-                ended = wait([process.sentinel for process in running], PATIENCE if waiting else None)
-                for process in [process for process in running if process.sentinel in ended]:
-                    process.join()
-                    _report(running.pop(process), process.exitcode)
+                    running[workers.start(job, threads)] = _Running(job, time.monotonic(), printed_before)
+                for handle, code in workers.ended(list(running), PATIENCE if waiting else None).items():
+                    _report(running.pop(handle), code)
     except BaseException:
-        for process in running:
-            process.terminate()  # SIGTERM: a training saves a checkpoint before it ends
-        for process in running:
-            process.join()
+        workers.stop(list(running))
         raise
 
 
@@ -114,6 +168,11 @@ def _child(job: Job, threads: int) -> None:
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     end_on_sigterm()
+    sys.exit(carry_out(job, threads))
+
+
+def carry_out(job: Job, threads: int) -> int:
+    """Run a job in this process, which prints into the job's log from now on; returns its exit code."""
     terminal = os.dup(2)
     try:
         _print_to(job.log)
@@ -121,15 +180,17 @@ def _child(job: Job, threads: int) -> None:
         job.run(*job.arguments)
     except Stopped as stopped:
         _say(stopped.message, terminal)
-        raise
+        return stopped.CODE
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except Exception as error:
         ours = error if isinstance(error, SmfError) else explanation(error, job.log.parent)
         if ours is None:
-            raise
+            traceback.print_exc()
+            return 1
         _say(f"error: {ours}", terminal)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 def _print_to(log: Path) -> None:

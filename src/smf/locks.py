@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 from .errors import BusyError
 
 LOCK = "lock"  # name of the file, which holds its holder while it is held
+MOST = 1000  # characters of it
 
 
 @contextlib.contextmanager
@@ -57,6 +59,22 @@ def is_held(path: Path) -> bool:
         return True
 
 
+def held_by(path: Path) -> tuple[str, bool] | None:
+    """Who a lock names, and whether it still holds it; None where it names nobody. Nothing is written or taken over."""
+    holder = _holder(path) if path.is_file() else None
+    return None if holder is None else (_described(holder), _is_locked(path))
+
+
+def _is_locked(path: Path) -> bool:
+    """As `is_held`, of a file that may be read only: for an instant it is shared, which a holder would not allow."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _tell_of_the_last(path: Path) -> None:
     """Say that a process ended without giving the lock back, which is then nobody's."""
     holder = _holder(path)
@@ -71,9 +89,10 @@ def _tell_of_the_last(path: Path) -> None:
 def _holder(path: Path) -> tuple[int, str] | None:
     """Process and host that a lock names."""
     try:
-        found = json.loads(path.read_text())
+        with path.open() as file:
+            found = json.loads(file.read(MOST))
         return int(found["pid"]), str(found["host"])
-    except (OSError, ValueError, LookupError, TypeError):  # empty: nobody
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):  # empty: nobody
         return None
 
 

@@ -263,7 +263,7 @@ def _read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], dict[str,
         for inner in sorted(recipe.parent for recipe in folder.glob("*/recipe.toml")):
             if list(inner.glob("*/result.json")):
                 skipped[str(inner)] = "it is a folder of runs; give it itself"
-            elif (failure := _failure(inner / FAILED)) is not None:
+            elif (failure := failure_of(inner)) is not None:
                 failures[str(inner)] = failure
                 skipped[str(inner)] = f"its training failed: {failure['reason']}"
             elif not (inner / "result.json").exists():
@@ -287,12 +287,12 @@ def _result_files(folder: Path) -> list[Path]:
     return [folder / "result.json"] if (folder / "result.json").is_file() else list(folder.glob("*/result.json"))
 
 
-def _failure(path: Path) -> dict[str, Any] | None:
+def failure_of(folder: Path) -> dict[str, Any] | None:
     """What a run left whose training failed; None where there is nothing that can be read, or a later try succeeded."""
-    if path.with_name("result.json").exists():
+    if (folder / "result.json").exists():
         return None
     try:
-        failure = json.loads(read_text(path))
+        failure = json.loads(read_text(folder / FAILED))
         _expect(failure, FAILURE, "")
         _expect(failure["options"], {"lr": NUMBER}, "options.")
     except (OSError, ValueError, RecursionError):  # ValueError: DataError too

@@ -21,7 +21,9 @@ from .study import best_stage, numbers_of, signed
 UNTUNED = ("base", "attached", "healed")  # kinds without a learning rate of their own
 
 
-def tune(recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: float = 2.0) -> dict[str, Any]:
+def tune(
+    recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: float = 2.0, ray: str | None = None
+) -> dict[str, Any]:
     """Train every method at several learning rates and choose the best by the validation set's first target metric.
 
     Of a run that is scored on the way (`train.score_at`), its best moment counts, for every method alike. A grid whose
@@ -35,6 +37,7 @@ def tune(recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: floa
         only: names of methods as `compare.named` takes them; none: all.
         points: of each grid, an odd number.
         factor: between neighbouring rates.
+        ray: a cluster to run on, as `smf.ray_jobs.on_ray` takes it; None: this machine.
 
     Returns:
         `{"comparison", "metric", "points", "factor", "base", "methods": {name: entry}}`. "base" is the base's score,
@@ -53,7 +56,7 @@ def tune(recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: floa
     while True:
         rates = {n: [_rate(recipe.methods[n].lr * factor**e, known[n]) for e in exponents[n]] for n in names}
         runs = [*untuned, *((at_rate(recipe, name, rate), name) for name in names for rate in rates[name])]
-        run_missing(recipe, [run for run in runs if result_path(*run) not in tried])  # says which failed
+        run_missing(recipe, [run for run in runs if result_path(*run) not in tried], ray)  # says which failed
         tried |= {result_path(*run) for run in runs}
         tuned = {name: _grid(recipe, name, rates[name]) for name in names}
         growing = [name for name in names if not tuned[name]["interior"] and len(exponents[name]) < 2 * points]
