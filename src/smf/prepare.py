@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,8 @@ def load(recipe: Recipe) -> Loaded:
     train = load_training(recipe, tokenizer)
     refuse_trained(recipe, train, scored)
     background = [] if recipe.background is None else load_documents(recipe, recipe.background.source)
+    if background:
+        document_length(recipe)
     healing: list[Example] = []
     if recipe.heal is not None and heals(recipe):
         healing = load_text(recipe, recipe.heal.source, tokenizer)
@@ -38,6 +41,19 @@ def load(recipe: Recipe) -> Loaded:
         refuse_scored("replay", texts, scored)
         replay = [dataclasses.replace(text, id=f"replay {text.id}") for text in texts]  # not an example's id
     return Loaded(tokenizer, train, scored, background, healing, replay, revisions(recipe, scored))
+
+
+def document_length(recipe: Recipe) -> int:
+    """Tokens read of a document of the background; where the base reads fewer than are asked for, it is said."""
+    assert recipe.background is not None
+    length, longest = recipe.background.max_length, positions(recipe)
+    if length > longest:
+        print(
+            f"smf: [background] max_length = {length}, but the base reads {longest} tokens at most: so much of each "
+            "document is read",
+            file=sys.stderr,
+        )
+    return min(length, longest)
 
 
 def heals(recipe: Recipe) -> bool:
@@ -54,16 +70,12 @@ def load_training(recipe: Recipe, tokenizer: Any) -> list[Example]:
     """What is learned, none of it cut away."""
     target = recipe.target
     task, where = find_task(target.task), place(target.train, recipe.data)
-    length = recipe.train.max_length
+    length, rows = recipe.train.max_length, training_rows(recipe)
     if task.KIND == "response":
-        rows = load_rows(target.train, recipe.data, recipe.parts, task.COLUMNS)
         with refusing(DataError, where):
             return keep_answered(task.examples(rows, where, tokenizer, length), where, recipe.train.too_long, length)
     explained = target.explanation and hasattr(task, "EXPLANATION")
-    need = (*task.COLUMNS, task.EXPLANATION) if explained else task.COLUMNS
-    given = load_rows(target.train, recipe.data, recipe.parts, need)
     with refusing(DataError, where):
-        rows = task.select(given, where)
         taught = [(str(row["id"]), lessons(task, row, explanation=explained)) for row in rows]
         texts = [
             (id if len(own) == 1 else f"{id}.{number}", *lesson)
@@ -72,6 +84,32 @@ def load_training(recipe: Recipe, tokenizer: Any) -> list[Example]:
         ]
         examples = [encode(tokenizer, *text, length, end=True) for text in texts]
     return keep_answered(examples, where, recipe.train.too_long, length)
+
+
+def training_rows(recipe: Recipe) -> list[Any]:
+    """The rows to learn from, checked as far as that needs no tokenizer."""
+    target = recipe.target
+    task = find_task(target.task)
+    explained = target.explanation and hasattr(task, "EXPLANATION")
+    return _checked_rows(recipe, task, target.train, (task.EXPLANATION,) if explained else ())
+
+
+def scored_rows(recipe: Recipe, wanted: Asked) -> list[Any]:
+    """The rows that a set asks about or reads, checked as far as that needs no tokenizer."""
+    task, source = find_task(wanted.task), wanted.source
+    if task.KIND == "text":
+        return load_texts(source, recipe.data, recipe.parts)
+    forms = getattr(task, "FORMS", ())
+    if source.form and source.form not in forms:
+        raise ConfigError(f"[{wanted.table}] form = {source.form!r}; task {wanted.task!r} has {list(forms) or 'none'}")
+    return _checked_rows(recipe, task, source)
+
+
+def _checked_rows(recipe: Recipe, task: Any, source: Source, more: tuple[str, ...] = ()) -> list[Any]:
+    where = place(source, recipe.data)
+    given = load_rows(source, recipe.data, recipe.parts, (*task.COLUMNS, *more))
+    with refusing(DataError, where):
+        return task.select(given, where)
 
 
 def load_scored(recipe: Recipe) -> tuple[Any, dict[str, ScoredSet]]:
@@ -144,22 +182,18 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     if wanted.window > longest:
         raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
     room = wanted.window or min(getattr(task, "WINDOW", length), longest)
+    rows = scored_rows(recipe, wanted)
     if task.KIND == "text":
-        rows = load_texts(source, recipe.data, recipe.parts)
         with refusing(DataError, where):
             pages = task.pages(rows, source.column, tokenizer, room) if hasattr(task, "pages") else []
             made = _some(task.examples(rows, source.column, tokenizer, room), where, source)
         return ScoredSet(role, name, made, source.cluster, pages)
-    forms = getattr(task, "FORMS", ())
-    if source.form and source.form not in forms:
-        raise ConfigError(f"[{wanted.table}] form = {source.form!r}; task {name!r} has {list(forms) or 'none'}")
-    rows = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
     if task.KIND == "response":
         with refusing(DataError, where):
             made = task.examples(rows, where, tokenizer, room)
         return ScoredSet(role, name, keep_answered(made, where, recipe.train.too_long, room), source.cluster)
     with refusing(DataError, where):
-        questions = [(task.item(row, *([source.form] if source.form else [])), row) for row in task.select(rows, where)]
+        questions = [(task.item(row, *([source.form] if source.form else [])), row) for row in rows]
         answered = [
             encode(tokenizer, item["id"], item["prompt"], task.response(row, explanation=False), length, end=True)
             for item, row in questions

@@ -21,6 +21,13 @@ METRICS = ("loss", "perplexity")
 Messages = list[dict[str, Any]]
 
 
+def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
+    """All rows; raises DataError for one that says nothing, as far as that shows without a tokenizer."""
+    for number, row in numbered(rows):
+        _said(row, f"{where}, row {number}")
+    return list(rows)
+
+
 def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_length: int) -> list[Example]:
     """An example a row; a row without an `id` is known by the hash of what it says.
 
@@ -31,18 +38,30 @@ def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_
 
 
 def _example(row: Mapping[str, Any], where: str, tokenizer: Any, max_length: int) -> Example:
-    given = {key: row[key] for key in ("messages", "prompt", "completion", "text") if row.get(key) is not None}
+    said = _said(row, where)
+    given = _given(row)
     id = str(row["id"]) if row.get("id") is not None else json_hash(given)[:12]
+    if isinstance(said, list):
+        return _conversation(id, said, where, tokenizer, max_length)
+    return encode(tokenizer, id, *said, max_length, end=True)
+
+
+def _given(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("messages", "prompt", "completion", "text") if row.get(key) is not None}
+
+
+def _said(row: Mapping[str, Any], where: str) -> Messages | tuple[str, str]:
+    """The messages of a row, or its prompt and response."""
+    given = _given(row)
     if "messages" in given:
-        return _conversation(id, _messages(row, "messages", where), where, tokenizer, max_length)
+        return _with_an_answer(_messages(row, "messages", where), where)
     if "completion" in given:
         if isinstance(given["completion"], list) or isinstance(given.get("prompt"), list):
             both = [*_messages(row, "prompt", where), *_messages(row, "completion", where)]
-            return _conversation(id, both, where, tokenizer, max_length)
-        prompt, response = _text(row, "prompt", where, may_be_empty=True), _text(row, "completion", where)
-        return encode(tokenizer, id, prompt, response, max_length, end=True)
+            return _with_an_answer(both, where)
+        return _text(row, "prompt", where, may_be_empty=True), _text(row, "completion", where)
     if "text" in given:
-        return encode(tokenizer, id, "", _text(row, "text", where), max_length, end=True)
+        return "", _text(row, "text", where)
     raise DataError(
         f"{where}: no column 'messages', 'prompt' and 'completion', or 'text' holds anything; there are {list(row)}"
     )
@@ -68,6 +87,12 @@ def _messages(row: Mapping[str, Any], column: str, where: str) -> Messages:
     return [dict(message) for message in messages]
 
 
+def _with_an_answer(messages: Messages, where: str) -> Messages:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{where}: no message has the role 'assistant', so there is nothing to learn")
+    return messages
+
+
 # -- conversations ----------------------------------------------------------------------------------------------------
 
 
@@ -77,8 +102,6 @@ def _conversation(id: str, messages: Messages, where: str, tokenizer: Any, max_l
             f"{where}: these are messages, and the base's tokenizer has no chat template; give rows with 'prompt' and "
             "'completion', or a base that was trained to chat"
         )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: no message has the role 'assistant', so there is nothing to learn")
     try:
         ids, learned = _marked(messages, tokenizer) or _by_prefixes(messages, where, tokenizer)
     except TemplateError as error:
