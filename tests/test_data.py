@@ -15,13 +15,13 @@ from smf.errors import DataError
 from smf.evaluate import example_losses, nats_per_token, token_loss
 from smf.fingerprint import part_of
 from smf.loop import mean_token_loss
-from smf.prepare import load
-from smf.recipe import Source
+from smf.prepare import load, load_set, load_training
+from smf.recipe import Source, asked
 from smf.recipe_file import load_recipe
 from smf.sources import load_rows, load_texts
-from smf.tasks import choices, medmcqa, perplexity
+from smf.tasks import choices, find_task, medmcqa, perplexity
 from test_memory_growth import LargeOutputs
-from tiny import make_base, make_tokenizer, make_world, question, write_lines
+from tiny import WORDS, make_base, make_tokenizer, make_world, question, write_lines
 
 PARTS = {"background": 0.4, "healing": 0.3, "probe": 0.3}
 
@@ -250,3 +250,81 @@ def test_texts_of_one_token_are_refused_where_a_next_one_is_scored(table: str, t
     write_lines(tmp_path / "data" / "short.jsonl", [{"text": "word1"}, {"text": "word2"}])
     with pytest.raises(DataError, match=r"short\.jsonl: column 'text' has no text of two tokens or more"):
         load(load_recipe(recipe, [f'{table}.path="short.jsonl"', f'{table}.part=""']))
+
+
+def test_rows_that_are_scored_too_and_ids_that_stand_twice_are_named_by_file_and_row(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    rng = random.Random(1)
+    own = [question(i, rng) for i in range(100, 106)]
+    train = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
+    write_lines(tmp_path / "data" / "mixed.jsonl", [*own[:3], train[4]])
+    write_lines(tmp_path / "data" / "twice.jsonl", [*own, own[1] | {"question": "word1 ?"}])
+    with pytest.raises(DataError, match=r"1 rows are .* id 'q4': .*train\.jsonl, row 5, and .*mixed\.jsonl, row 4;"):
+        load(load_recipe(recipe, ['target.eval.exam.path="mixed.jsonl"']))
+    with pytest.raises(DataError, match=r"twice\.jsonl, row 7: 1 ids stand there twice, such as 'q101', .* row 2's"):
+        load(load_recipe(recipe, ['target.eval.exam.path="twice.jsonl"']))
+    with pytest.raises(
+        DataError, match=r"such as id 'q52': .*validation\.jsonl, row 1, and .*validation\.jsonl, row 1"
+    ):
+        load(load_recipe(recipe, ['target.eval.exam.path="validation.jsonl"']))
+    with pytest.raises(
+        DataError, match=r"texts of \[heal\] are scored as well, such as that of row \d+, column 'text'"
+    ):
+        load(load_recipe(recipe, ['heal.source.part="probe"']))
+
+
+LONG = " ".join(2 * WORDS)
+ROWS = {
+    "medmcqa": (question(1, random.Random(1)), {"question": LONG}, "question"),
+    "choices": (
+        {"id": "a", "prompt": "word1", "choices": ["word2", "word3"], "answer": 0},
+        {"prompt": LONG},
+        "prompt",
+    ),
+    "closed_book": ({"question": "word1", "answer": "word2"}, {"question": LONG}, "question"),
+    "facts": (
+        {"question": "What color is word1?", "answer": "word2"},
+        {"question": f"What color is {LONG}?"},
+        "question",
+    ),
+    "responses": ({"prompt": "word1", "completion": "word2"}, {"prompt": LONG}, "prompt"),
+    "gsm8k_loss": ({"question": "word1", "answer": "word2"}, {"question": LONG}, "question"),
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_answers_that_are_cut_away_are_named_by_row_and_column(task: str, tmp_path: Path, capsys):
+    recipe = make_world(tmp_path)
+    row, change, column = ROWS[task]
+    good = [row | ({"id": f"x{i}"} if "id" in row else {}) for i in range(2)]
+    write_lines(tmp_path / "data" / "long.jsonl", [*good, row | {"id": "long"} | change])
+    metric = find_task(task).METRICS[0]
+    settings = [f'target={{task="{task}", train={{path="long.jsonl"}}, eval.exam={{path="long.jsonl"}}}}']
+    settings += [f'target.metrics=["{metric}"]']
+    own = load_recipe(recipe, settings)
+    place = rf"long\.jsonl: the answer of row 3, column '{column}'"
+    with pytest.raises(DataError, match=place):
+        load_training(own, make_tokenizer())
+    with pytest.raises(DataError, match=place):
+        load_set(own, asked(own)["exam"], make_tokenizer())
+    dropping = load_recipe(recipe, [*settings, 'train.too_long="drop"'])
+    assert load_training(dropping, make_tokenizer())
+    said = capsys.readouterr().err
+    assert f"whose answer is cut away at max_length = 64; the first is row 3, column '{column}'" in said
+    write_lines(tmp_path / "data" / "long.jsonl", [row | change])
+    with pytest.raises(
+        DataError, match=rf"no example is left: .* in row 1, column '{column}', whose prompt has \d+ tokens"
+    ):
+        load_training(dropping, make_tokenizer())
+
+
+def test_answers_that_are_cut_short_are_counted(capsys: pytest.CaptureFixture[str]):
+    tokenizer = make_tokenizer()
+    texts = [("word1", " word2"), ("word1", f" {' '.join(WORDS)}"), ("word1", f" {' '.join(WORDS[:62])}")]
+    examples = [encode(tokenizer, "x", *text, 64, end=True, row=i, column="c") for i, text in enumerate(texts, 1)]
+    for too_long in ("error", "drop"):
+        assert keep_answered(examples, "file", too_long, 64) == examples
+        said = "file: 1 of 3 examples are cut within their answer at max_length = 64, and learned or scored up to there"
+        assert f"{said}; the first is row 2, column 'c'" in capsys.readouterr().err
+    keep_answered([examples[0], examples[2]], "file", "error", 64)
+    assert not capsys.readouterr().err

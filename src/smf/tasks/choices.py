@@ -9,6 +9,7 @@ from ..data import numbered
 from ..errors import DataError
 
 KIND = "choice"
+PROMPT = "prompt"
 COLUMNS = ("id", "prompt", "choices", "answer")  # and "explanation", where explanations are learned
 EXPLANATION = "explanation"
 METRICS = ("acc", "answer_norm", "loss")

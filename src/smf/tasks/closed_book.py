@@ -22,7 +22,7 @@ ANSWERS = ("answers", "aliases", "possible_answers", "answer", "obj")  # columns
 
 
 def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
-    """All rows as `{"id", "prompt", "answers"}`.
+    """All rows as `{"id", "prompt", "answers", "column"}`, the last where the prompt comes from.
 
     A row has a `prompt` as it is to be read, or a `question`, which is asked as "Question: ...\\nAnswer:"; and right
     answers: a list of texts (`answers`, `aliases`), one text (`answer`), TriviaQA's `answer = {value, aliases}`, or
@@ -50,7 +50,8 @@ def _selected(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     prompt = row[name] if name == "prompt" else f"Question: {row[name].strip()}\nAnswer:"
     id = _own_id(row)
     answers = _answers(row, where)
-    return {"id": json_hash([prompt, answers])[:12] if id is None else str(id), "prompt": prompt, "answers": answers}
+    known = json_hash([prompt, answers])[:12] if id is None else str(id)
+    return {"id": known, "prompt": prompt, "answers": answers, "column": name}
 
 
 def _own_id(row: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..data import Example, Row, numbered
@@ -30,4 +31,5 @@ def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_
     for number, row in numbered(select(rows, where)):
         pair = {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
         pairs.append(Row.at(number, pair))
-    return responses.examples(pairs, where, tokenizer, max_length)
+    made = responses.examples(pairs, where, tokenizer, max_length)
+    return [replace(example, column="question") for example in made]

@@ -11,6 +11,7 @@ from ..errors import DataError
 LETTERS = "ABCD"
 OPTIONS = ("opa", "opb", "opc", "opd")
 KIND = "choice"
+PROMPT = "question"
 COLUMNS = ("id", "question", *OPTIONS, "cop", "choice_type")  # and "exp", where explanations are learned
 EXPLANATION = "exp"
 METRICS = ("acc", "answer_norm", "letter", "loss")

@@ -7,6 +7,7 @@ A row has `messages` (a list of {"role", "content"}), or `prompt` and `completio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -34,7 +35,15 @@ def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_
     Raises:
         DataError: naming file, row and column.
     """
-    return [_example(row, f"{where}, row {number}", tokenizer, max_length) for number, row in numbered(rows)]
+    return [
+        replace(_example(row, f"{where}, row {number}", tokenizer, max_length), row=number, column=_column(row))
+        for number, row in numbered(rows)
+    ]
+
+
+def _column(row: Mapping[str, Any]) -> str:
+    """The column that makes a row long: a long prompt cuts the response away."""
+    return next(name for name in ("messages", "prompt", "text", "completion") if name in _given(row))
 
 
 def _example(row: Mapping[str, Any], where: str, tokenizer: Any, max_length: int) -> Example:
@@ -113,7 +122,7 @@ def _conversation(id: str, messages: Messages, where: str, tokenizer: Any, max_l
         raise DataError(f"{where}: the chat template leaves the assistant's messages out")
     start = learned.index(True)
     gaps = tuple(place for place in range(start, min(len(ids), max_length)) if not learned[place])
-    return Example(id, ids[:max_length], start, gaps)
+    return Example(id, ids[:max_length], start, gaps, cut=any(learned[max_length:]))
 
 
 def _marked(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]] | None:
