@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from smf.prepare import load, load_set, load_training
 from smf.recipe import Source, asked
 from smf.recipe_file import load_recipe
 from smf.sources import load_rows, load_texts
-from smf.tasks import choices, find_task, medmcqa, perplexity
+from smf.tasks import choices, closed_book, find_task, medmcqa, perplexity
 from test_memory_growth import LargeOutputs
 from tiny import WORDS, make_base, make_tokenizer, make_world, question, write_lines
 
@@ -328,3 +329,54 @@ def test_answers_that_are_cut_short_are_counted(capsys: pytest.CaptureFixture[st
         assert f"{said}; the first is row 2, column 'c'" in capsys.readouterr().err
     keep_answered([examples[0], examples[2]], "file", "error", 64)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([*[b'{"text": "one"}'] * 5000, b"oops"], r"row 5001 is not JSON \(Expecting value.*\): b'oops"),
+        ([b'{"text": "one"}', b"", b'{"text": '], "row 2 is not JSON"),
+        ([b'{"text": "caf\xe9 one"}'], r"line 1 is not UTF-8: b'\\xe9.*; convert it"),
+        ([b'{"text": "one"}', b"[1]"], r"row 2 is \[1\]; expected an object"),
+        ([b"", b"  "], "it has no rows"),
+        ([], "has no rows: it is empty"),
+    ],
+)
+@pytest.mark.parametrize("name", ["bad.jsonl", "bad.jsonl.gz"])
+def test_the_row_that_cannot_be_read_is_named(content: list[bytes], said: str, name: str, tmp_path: Path):
+    packed = gzip.compress if name.endswith("gz") and content else bytes
+    (tmp_path / name).write_bytes(packed(b"\n".join(content)))
+    with pytest.raises(DataError, match=rf"{name}.*{said}"):
+        load_rows(Source(path=name), str(tmp_path), {}, ["text"])
+
+
+@pytest.mark.parametrize(
+    ("select", "row", "change", "said"),
+    [
+        (medmcqa.select, question(1, random.Random(1)), {"id": 7}, "column 'id' is not a text (7)"),
+        (medmcqa.select, question(1, random.Random(1)), {"opb": 0}, "column 'opb' is not a text (0)"),
+        (medmcqa.select, question(1, random.Random(1)), {"choice_type": None}, "choice_type = None; expected 'single'"),
+        (medmcqa.select, question(1, random.Random(1)), {"choice_type": "Single"}, "choice_type = 'Single'; expected"),
+        (closed_book.select, {"question": "word1", "answer": "word2"}, {"question": 5}, "'question' is not a text (5)"),
+        (
+            choices.select,
+            {"id": "a", "prompt": "word1", "choices": ["a", "b"], "answer": 0},
+            {"prompt": 5},
+            "column 'prompt' is not a text (5)",
+        ),
+    ],
+)
+def test_what_is_not_a_text_is_told_from_what_is_empty(select, row: dict, change: dict, said: str):
+    assert len(select([row], "file")) == 1
+    with pytest.raises(DataError, match=rf"^file, row 2: .*{re.escape(said)}"):
+        select([row, row | change], "file")
+
+
+def test_an_explanation_that_is_learned_is_a_text(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    rows = [question(i, random.Random(i)) | {"exp": 5} for i in range(3)]
+    write_lines(tmp_path / "data" / "numbers.jsonl", rows)
+    path = 'target.train.path="numbers.jsonl"'
+    with pytest.raises(DataError, match=r"numbers\.jsonl, row 1: column 'exp' is not a text \(5\)"):
+        load_training(load_recipe(recipe, [path, "target.explanation=true"]), make_tokenizer())
+    assert len(load_training(load_recipe(recipe, [path]), make_tokenizer())) == 3

@@ -63,6 +63,15 @@ def numbered(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, 
     return [(getattr(row, "number", place), row) for place, row in enumerate(rows, 1)]
 
 
+def check_text(row: Mapping[str, Any], column: str, where: str, *, blank: bool = False) -> None:
+    """Refuse a row whose column is not a text or, where it must not be `blank`, has nothing in it."""
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where}: column {column!r} is not a text ({value!r:.60}); write it in quotes")
+    if not blank and (not value or not value.strip()):
+        raise DataError(f"{where}: column {column!r} is empty ({value!r}); expected a text")
+
+
 @dataclass(frozen=True)
 class ScoredSet:
     """One target or probe set of a recipe, loaded and checked before anything trains.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import check_models, load_tokenizer, positions, resolved_base
-from .data import Example, Loaded, Row, ScoredSet, encode, keep_answered
+from .data import Example, Loaded, Row, ScoredSet, check_text, encode, keep_answered
 from .errors import ConfigError, DataError, refusing
 from .harness import check_task
 from .recipe import VALIDATION, Asked, Recipe, Source, asked, sources
@@ -90,7 +90,11 @@ def training_rows(recipe: Recipe) -> list[Any]:
     target = recipe.target
     task = find_task(target.task)
     explained = target.explanation and hasattr(task, "EXPLANATION")
-    return _checked_rows(recipe, task, target.train, (task.EXPLANATION,) if explained else ())
+    rows = _checked_rows(recipe, task, target.train, (task.EXPLANATION,) if explained else ())
+    for row in rows if explained else ():
+        if row[task.EXPLANATION] is not None:  # a row need not have one
+            check_text(row, task.EXPLANATION, f"{place(target.train, recipe.data)}, row {row.number}", blank=True)
+    return rows
 
 
 def scored_rows(recipe: Recipe, wanted: Asked) -> list[Any]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data import Row, numbered
+from ..data import Row, check_text, numbered
 from ..errors import DataError
 from ..fingerprint import json_hash
 
@@ -45,8 +45,7 @@ def _selected(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     name = next((column for column in ("prompt", "question") if column in row), None)
     if name is None:
         raise DataError(f"{where}: there is neither a column 'prompt' nor 'question'; its columns are {list(row)}")
-    if not isinstance(row[name], str) or not row[name].strip():
-        raise DataError(f"{where}: column {name!r} is empty ({row[name]!r})")
+    check_text(row, name, where)
     prompt = row[name] if name == "prompt" else f"Question: {row[name].strip()}\nAnswer:"
     id = _own_id(row)
     answers = _answers(row, where)

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..data import Example, Row, numbered
-from ..errors import DataError
+from ..data import Example, Row, check_text, numbered
 from . import responses
 
 KIND = "response"
@@ -20,8 +19,7 @@ def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, A
     """All rows; raises DataError for one without a question or a solution."""
     for number, row in numbered(rows):
         for column in COLUMNS:
-            if not isinstance(row[column], str) or not row[column].strip():
-                raise DataError(f"{where}, row {number}: column {column!r} is empty ({row[column]!r})")
+            check_text(row, column, f"{where}, row {number}")
     return list(rows)
 
 

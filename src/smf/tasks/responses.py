@@ -6,6 +6,7 @@ A row has `messages` (a list of {"role", "content"}), or `prompt` and `completio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from ..fingerprint import json_hash
 KIND = "response"
 COLUMNS = ()  # `examples` finds them
 METRICS = ("loss", "perplexity")
+MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # with all the blanks and signs that Jinja allows
 Messages = list[dict[str, Any]]
 
 
@@ -127,7 +129,7 @@ def _conversation(id: str, messages: Messages, where: str, tokenizer: Any, max_l
 
 def _marked(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]] | None:
     """Tokens, and which of them a template with {% generation %} markers says the assistant writes."""
-    if "{% generation" not in tokenizer.chat_template and "{%- generation" not in tokenizer.chat_template:
+    if not MARKER.search(tokenizer.chat_template):
         return None
     rendered = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     return list(rendered["input_ids"]), [bool(mark) for mark in rendered["assistant_masks"]]
