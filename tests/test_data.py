@@ -380,3 +380,26 @@ def test_an_explanation_that_is_learned_is_a_text(tmp_path: Path):
     with pytest.raises(DataError, match=r"numbers\.jsonl, row 1: column 'exp' is not a text \(5\)"):
         load_training(load_recipe(recipe, [path, "target.explanation=true"]), make_tokenizer())
     assert len(load_training(load_recipe(recipe, [path]), make_tokenizer())) == 3
+
+
+def test_equal_rows_of_ones_own_are_not_scored_twice(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    rows = [{"prompt": f"word{i}", "completion": "word9"} for i in (1, 2, 1)]
+    write_lines(tmp_path / "data" / "own.jsonl", rows)
+    own = load_recipe(recipe, ['probes.own={task="responses", source={path="own.jsonl"}}'])
+    with pytest.raises(
+        DataError, match=r"own\.jsonl, row 3: 1 ids stand there twice, .* row 1's too; leave equal rows"
+    ):
+        load_set(own, asked(own)["own"], make_tokenizer())
+
+
+def test_where_there_are_no_explanations_the_key_that_leaves_them_out_is_named(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    rows = [{"id": str(i), "prompt": "word1", "choices": ["word2", "word3"], "answer": 0} for i in range(3)]
+    write_lines(tmp_path / "data" / "choices.jsonl", rows)
+    given = ['target.task="choices"', 'target.train.path="choices.jsonl"', 'target.eval={exam={path="choices.jsonl"}}']
+    with pytest.raises(
+        DataError, match=r"no column 'explanation', .*; its columns .* set explanation = false in \[targ"
+    ):
+        load_training(load_recipe(recipe, [*given, "target.explanation=true"]), make_tokenizer())
+    assert len(load_training(load_recipe(recipe, given), make_tokenizer())) == 3

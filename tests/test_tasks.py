@@ -68,6 +68,8 @@ def test_every_schema_of_questions_and_answers_is_read(row, prompt, answers):
     assert closed_book.select([row | {"question_id": "q"}], "file")[0]["id"] == "q"
     assert len(closed_book.select([row, row], "file")) == 1  # nothing tells them apart
     assert len(closed_book.select([row | {"id": 1}, row | {"id": 2}], "file")) == 2
+    assert len(closed_book.select([row | {"id": 1}, row | {"id": 1}], "file")) == 1  # as where a data set repeats rows
+    assert len(closed_book.select([row | {"id": 1}, row | {"id": 1, "answers": ["other"]}], "file")) == 2
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_every_schema_of_questions_and_answers_is_read(row, prompt, answers):
         ({"question": " "}, "'question'"),
         ({"answers": []}, "answers"),
         ({"answers": [None]}, "answers"),
-        ({"answers": None}, "no column holds answers"),
+        ({"answers": None}, "column 'answers' is empty (None), and no column holds answers"),
         ({"answers": None, "answer": {"value": None, "aliases": []}}, "a value and a list of aliases"),
         ({"answers": None, "possible_answers": "[1"}, "not JSON"),
         ({"answers": "[1, 2]"}, "expected a text, or a list"),

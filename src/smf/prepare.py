@@ -90,7 +90,12 @@ def training_rows(recipe: Recipe) -> list[Any]:
     target = recipe.target
     task = find_task(target.task)
     explained = target.explanation and hasattr(task, "EXPLANATION")
-    rows = _checked_rows(recipe, task, target.train, (task.EXPLANATION,) if explained else ())
+    rows = _checked_rows(recipe, task, target.train)
+    if explained and task.EXPLANATION not in rows[0]:
+        raise DataError(
+            f"{place(target.train, recipe.data)} has no column {task.EXPLANATION!r}, which is learned; "
+            f"its columns are {list(rows[0])}. Where there are none to learn, set explanation = false in [target]"
+        )
     for row in rows if explained else ():
         if row[task.EXPLANATION] is not None:  # a row need not have one
             check_text(row, task.EXPLANATION, f"{place(target.train, recipe.data)}, row {row.number}", blank=True)
@@ -108,9 +113,9 @@ def scored_rows(recipe: Recipe, wanted: Asked) -> list[Any]:
     return _checked_rows(recipe, task, source)
 
 
-def _checked_rows(recipe: Recipe, task: Any, source: Source, more: tuple[str, ...] = ()) -> list[Any]:
+def _checked_rows(recipe: Recipe, task: Any, source: Source) -> list[Any]:
     where = place(source, recipe.data)
-    given = load_rows(source, recipe.data, recipe.parts, (*task.COLUMNS, *more))
+    given = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
     with refusing(DataError, where):
         return task.select(given, where)
 
@@ -207,6 +212,7 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
         with refusing(DataError, where):
             made = task.examples(rows, where, tokenizer, room)
         kept = keep_answered(made, where, recipe.train.too_long, room)
+        _refuse_twice([{"id": example.id, "row": example.row} for example in kept], where)
         return ScoredSet(role, name, kept, source.cluster, where=where)
     with refusing(DataError, where):
         forms = [source.form] if source.form else []
@@ -237,7 +243,7 @@ def _refuse_twice(items: list[dict[str, Any]], where: str) -> None:
         row, item = twice[0]
         raise DataError(
             f"{where}, row {item['row']}: {len(twice)} ids stand there twice, such as {item['id']!r}, which is row "
-            f"{row}'s too; give each row an id of its own"
+            f"{row}'s too; leave equal rows out, and give others an id of their own"
         )
 
 

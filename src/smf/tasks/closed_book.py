@@ -32,12 +32,12 @@ def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, A
         DataError: naming file, row and column.
     """
     selected = [Row.at(number, _selected(row, f"{where}, row {number}")) for number, row in numbered(rows)]
-    seen: set[str] = set()
+    first: dict[str, Mapping[str, Any]] = {}
     kept = []
     for row, own in zip(rows, selected, strict=True):
-        if own["id"] not in seen or _own_id(row) is not None:  # equal questions that nothing tells apart count once
+        before = first.setdefault(own["id"], own)
+        if before is own or (_own_id(row) is not None and before != own):  # what nothing tells apart counts once
             kept.append(own)
-        seen.add(own["id"])
     return kept
 
 
@@ -61,7 +61,10 @@ def _answers(row: Mapping[str, Any], where: str) -> list[str]:
     """The right answers, the one to teach first."""
     column = next((column for column in ANSWERS if row.get(column) is not None), None)
     if column is None:
-        raise DataError(f"{where}: no column holds answers; expected one of {ANSWERS}, there are {list(row)}")
+        empty = [f"column {column!r} is empty (None), and " for column in ANSWERS if column in row][:1]
+        raise DataError(
+            f"{where}: {''.join(empty)}no column holds answers; expected one of {ANSWERS}, there are {list(row)}"
+        )
     texts, expected = _cell(row[column]), "a text, or a list of one text or more"
     if column == "possible_answers" and isinstance(texts, str):
         raise DataError(f"{where}: column {column!r} is not JSON ({texts!r})")
