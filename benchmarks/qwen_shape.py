@@ -1,9 +1,9 @@
 """What a step costs on Qwen2.5-0.5B's shape: rows of a memory, LoRA and full finetuning, each with its peak memory.
 
     python benchmarks/qwen_shape.py                                                         # a CPU, 1 x 128
-    python benchmarks/qwen_shape.py --device cuda --dtype bfloat16 --batch 16 --length 512 --warm-up 10 --steps 100
+    python benchmarks/qwen_shape.py --device cuda --dtype bfloat16 --batch 16 --length 512 --warm-up 10 --steps 40
 
-The second command, for a GPU, was NOT run: none was at hand. The weights are random (`--base` takes a folder's or the
+Both were run (benchmarks/results/qwen_shape_cpu.json, qwen_shape_cuda.json). The weights are random (`--base` takes a folder's or the
 hub's), the tokens are real text, read again from its start where it ends; memory, learning rates (constant here),
 clipping and optimizers are those of `medmcqa.toml`. With `--dtype bfloat16` the methods are what they are in runs of a
 recipe with that `dtype`: base and full finetuning in bfloat16, the memory's table and LoRA's matrices in float32.

@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ from smf.errors import DataError
 from smf.evaluate import example_losses, nats_per_token, token_loss
 from smf.fingerprint import part_of
 from smf.loop import mean_token_loss
-from smf.prepare import load
-from smf.recipe import Source
+from smf.prepare import load, load_set, load_training
+from smf.recipe import Source, asked
 from smf.recipe_file import load_recipe
 from smf.sources import load_rows, load_texts
-from smf.tasks import choices, medmcqa, perplexity
+from smf.tasks import choices, closed_book, find_task, medmcqa, perplexity
 from test_memory_growth import LargeOutputs
-from tiny import make_base, make_tokenizer, make_world, question, write_lines
+from tiny import WORDS, make_base, make_tokenizer, make_world, question, write_lines
 
 PARTS = {"background": 0.4, "healing": 0.3, "probe": 0.3}
 
@@ -250,3 +251,155 @@ def test_texts_of_one_token_are_refused_where_a_next_one_is_scored(table: str, t
     write_lines(tmp_path / "data" / "short.jsonl", [{"text": "word1"}, {"text": "word2"}])
     with pytest.raises(DataError, match=r"short\.jsonl: column 'text' has no text of two tokens or more"):
         load(load_recipe(recipe, [f'{table}.path="short.jsonl"', f'{table}.part=""']))
+
+
+def test_rows_that_are_scored_too_and_ids_that_stand_twice_are_named_by_file_and_row(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    rng = random.Random(1)
+    own = [question(i, rng) for i in range(100, 106)]
+    train = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
+    write_lines(tmp_path / "data" / "mixed.jsonl", [*own[:3], train[4]])
+    write_lines(tmp_path / "data" / "twice.jsonl", [*own, own[1] | {"question": "word1 ?"}])
+    with pytest.raises(DataError, match=r"1 rows are .* id 'q4': .*train\.jsonl, row 5, and .*mixed\.jsonl, row 4;"):
+        load(load_recipe(recipe, ['target.eval.exam.path="mixed.jsonl"']))
+    with pytest.raises(DataError, match=r"twice\.jsonl, row 7: 1 ids stand there twice, such as 'q101', .* row 2's"):
+        load(load_recipe(recipe, ['target.eval.exam.path="twice.jsonl"']))
+    with pytest.raises(
+        DataError, match=r"such as id 'q52': .*validation\.jsonl, row 1, and .*validation\.jsonl, row 1"
+    ):
+        load(load_recipe(recipe, ['target.eval.exam.path="validation.jsonl"']))
+    with pytest.raises(
+        DataError, match=r"texts of \[heal\] are scored as well, such as that of row \d+, column 'text'"
+    ):
+        load(load_recipe(recipe, ['heal.source.part="probe"']))
+
+
+LONG = " ".join(2 * WORDS)
+ROWS = {
+    "medmcqa": (question(1, random.Random(1)), {"question": LONG}, "question"),
+    "choices": (
+        {"id": "a", "prompt": "word1", "choices": ["word2", "word3"], "answer": 0},
+        {"prompt": LONG},
+        "prompt",
+    ),
+    "closed_book": ({"question": "word1", "answer": "word2"}, {"question": LONG}, "question"),
+    "facts": (
+        {"question": "What color is word1?", "answer": "word2"},
+        {"question": f"What color is {LONG}?"},
+        "question",
+    ),
+    "responses": ({"prompt": "word1", "completion": "word2"}, {"prompt": LONG}, "prompt"),
+    "gsm8k_loss": ({"question": "word1", "answer": "word2"}, {"question": LONG}, "question"),
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_answers_that_are_cut_away_are_named_by_row_and_column(task: str, tmp_path: Path, capsys):
+    recipe = make_world(tmp_path)
+    row, change, column = ROWS[task]
+    good = [row | ({"id": f"x{i}"} if "id" in row else {}) for i in range(2)]
+    write_lines(tmp_path / "data" / "long.jsonl", [*good, row | {"id": "long"} | change])
+    metric = find_task(task).METRICS[0]
+    settings = [f'target={{task="{task}", train={{path="long.jsonl"}}, eval.exam={{path="long.jsonl"}}}}']
+    settings += [f'target.metrics=["{metric}"]']
+    own = load_recipe(recipe, settings)
+    place = rf"long\.jsonl: the answer of row 3, column '{column}'"
+    with pytest.raises(DataError, match=place):
+        load_training(own, make_tokenizer())
+    with pytest.raises(DataError, match=place):
+        load_set(own, asked(own)["exam"], make_tokenizer())
+    dropping = load_recipe(recipe, [*settings, 'train.too_long="drop"'])
+    assert load_training(dropping, make_tokenizer())
+    said = capsys.readouterr().err
+    assert f"whose answer is cut away at max_length = 64; the first is row 3, column '{column}'" in said
+    write_lines(tmp_path / "data" / "long.jsonl", [row | change])
+    with pytest.raises(
+        DataError, match=rf"no example is left: .* in row 1, column '{column}', whose prompt has \d+ tokens"
+    ):
+        load_training(dropping, make_tokenizer())
+
+
+def test_answers_that_are_cut_short_are_counted(capsys: pytest.CaptureFixture[str]):
+    tokenizer = make_tokenizer()
+    texts = [("word1", " word2"), ("word1", f" {' '.join(WORDS)}"), ("word1", f" {' '.join(WORDS[:62])}")]
+    examples = [encode(tokenizer, "x", *text, 64, end=True, row=i, column="c") for i, text in enumerate(texts, 1)]
+    for too_long in ("error", "drop"):
+        assert keep_answered(examples, "file", too_long, 64) == examples
+        said = "file: 1 of 3 examples are cut within their answer at max_length = 64, and learned or scored up to there"
+        assert f"{said}; the first is row 2, column 'c'" in capsys.readouterr().err
+    keep_answered([examples[0], examples[2]], "file", "error", 64)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([*[b'{"text": "one"}'] * 5000, b"oops"], r"row 5001 is not JSON \(Expecting value.*\): b'oops"),
+        ([b'{"text": "one"}', b"", b'{"text": '], "row 2 is not JSON"),
+        ([b'{"text": "caf\xe9 one"}'], r"line 1 is not UTF-8: b'\\xe9.*; convert it"),
+        ([b'{"text": "one"}', b"[1]"], r"row 2 is \[1\]; expected an object"),
+        ([b"", b"  "], "it has no rows"),
+        ([], "has no rows: it is empty"),
+    ],
+)
+@pytest.mark.parametrize("name", ["bad.jsonl", "bad.jsonl.gz"])
+def test_the_row_that_cannot_be_read_is_named(content: list[bytes], said: str, name: str, tmp_path: Path):
+    packed = gzip.compress if name.endswith("gz") and content else bytes
+    (tmp_path / name).write_bytes(packed(b"\n".join(content)))
+    with pytest.raises(DataError, match=rf"{name}.*{said}"):
+        load_rows(Source(path=name), str(tmp_path), {}, ["text"])
+
+
+@pytest.mark.parametrize(
+    ("select", "row", "change", "said"),
+    [
+        (medmcqa.select, question(1, random.Random(1)), {"id": 7}, "column 'id' is not a text (7)"),
+        (medmcqa.select, question(1, random.Random(1)), {"opb": 0}, "column 'opb' is not a text (0)"),
+        (medmcqa.select, question(1, random.Random(1)), {"choice_type": None}, "choice_type = None; expected 'single'"),
+        (medmcqa.select, question(1, random.Random(1)), {"choice_type": "Single"}, "choice_type = 'Single'; expected"),
+        (closed_book.select, {"question": "word1", "answer": "word2"}, {"question": 5}, "'question' is not a text (5)"),
+        (
+            choices.select,
+            {"id": "a", "prompt": "word1", "choices": ["a", "b"], "answer": 0},
+            {"prompt": 5},
+            "column 'prompt' is not a text (5)",
+        ),
+    ],
+)
+def test_what_is_not_a_text_is_told_from_what_is_empty(select, row: dict, change: dict, said: str):
+    assert len(select([row], "file")) == 1
+    with pytest.raises(DataError, match=rf"^file, row 2: .*{re.escape(said)}"):
+        select([row, row | change], "file")
+
+
+def test_an_explanation_that_is_learned_is_a_text(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    rows = [question(i, random.Random(i)) | {"exp": 5} for i in range(3)]
+    write_lines(tmp_path / "data" / "numbers.jsonl", rows)
+    path = 'target.train.path="numbers.jsonl"'
+    with pytest.raises(DataError, match=r"numbers\.jsonl, row 1: column 'exp' is not a text \(5\)"):
+        load_training(load_recipe(recipe, [path, "target.explanation=true"]), make_tokenizer())
+    assert len(load_training(load_recipe(recipe, [path]), make_tokenizer())) == 3
+
+
+def test_equal_rows_of_ones_own_are_not_scored_twice(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    rows = [{"prompt": f"word{i}", "completion": "word9"} for i in (1, 2, 1)]
+    write_lines(tmp_path / "data" / "own.jsonl", rows)
+    own = load_recipe(recipe, ['probes.own={task="responses", source={path="own.jsonl"}}'])
+    with pytest.raises(
+        DataError, match=r"own\.jsonl, row 3: 1 ids stand there twice, .* row 1's too; leave equal rows"
+    ):
+        load_set(own, asked(own)["own"], make_tokenizer())
+
+
+def test_where_there_are_no_explanations_the_key_that_leaves_them_out_is_named(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    rows = [{"id": str(i), "prompt": "word1", "choices": ["word2", "word3"], "answer": 0} for i in range(3)]
+    write_lines(tmp_path / "data" / "choices.jsonl", rows)
+    given = ['target.task="choices"', 'target.train.path="choices.jsonl"', 'target.eval={exam={path="choices.jsonl"}}']
+    with pytest.raises(
+        DataError, match=r"no column 'explanation', .*; its columns .* set explanation = false in \[targ"
+    ):
+        load_training(load_recipe(recipe, [*given, "target.explanation=true"]), make_tokenizer())
+    assert len(load_training(load_recipe(recipe, given), make_tokenizer())) == 3

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
+from smf import methods
+from smf.base import load_base
 from smf.dry_run import Plan, dry_run
-from smf.errors import SmfError
+from smf.errors import ConfigError, SmfError
 from smf.prepare import load
 from smf.recipe_file import load_recipe
-from tiny import make_world, write_lines
+from tiny import WORDS, make_world, question, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,8 @@ def test_memory_is_that_of_the_most_of_training_healing_and_scoring(world: Path)
     )
     assert memory("base", big, longest, "train.max_length=80", "divergence=2") == pytest.approx(2 * expected, rel=0.01)
     settings = ["train.micro_batch_size=4000000", "train.batch_size=4000000"]
-    assert memory("smf-healed", *settings) > memory("smf", *settings) > memory("base", *settings) == 0
+    rows_alone = memory("smf-healed", *settings, "methods.smf-healed.heal=false")
+    assert memory("smf-healed", *settings) > rows_alone > memory("base", *settings) == 0
     table = "methods.smf-healed.memory={layers=[2], n_keys=2048, heads=2, knn=2, k_dim=8, init='paper'}"
     rows = ["methods.smf-healed.rows_per_step=100", "train.micro_batch_size=1", "train.batch_size=1"]
     plain = memory("smf-healed", table, "methods.smf-healed.heal=false", *rows)
@@ -84,3 +88,66 @@ def test_memory_is_that_of_the_most_of_training_healing_and_scoring(world: Path)
     assert healed > 4 * plain  # its moments and old rows, all of them
     (tokens,) = [tokens for table, _, _, tokens, _ in plan_of(world).sets if table == "background.source"]
     assert tokens.endswith("each")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (['target.train.path="none.jsonl"'], "no data file at"),
+        (['target.train.path="columns.jsonl"'], "columns.jsonl has no column 'opa'"),
+        (['target.eval.exam.path="counted.jsonl"'], "counted.jsonl, row 1: cop = 4; expected"),
+        (['heal.source.column="story"'], "stories.jsonl has no column 'story'"),
+        (['probes.stories.source.column="story"'], "stories.jsonl has no column 'story'"),
+        (['probes.own={task="responses", source={path="talk.jsonl"}}'], "talk.jsonl, row 2: no message has the role"),
+        (['probes.sums={task="gsm8k_loss", source={path="train.jsonl"}}'], "train.jsonl has no column 'answer'"),
+        (["target.explanation=true", 'target.train.path="bare.jsonl"'], "bare.jsonl has no column 'exp'"),
+    ],
+)
+def test_files_are_checked_though_the_base_is_on_the_hub(world: Path, settings: list[str], said: str):
+    rng = random.Random(0)
+    rows = [question(i, rng) for i in range(4)]
+    without = {name: [{k: v for k, v in row.items() if k != name} for row in rows] for name in ("opa", "exp")}
+    write_lines(world.parent / "data" / "columns.jsonl", without["opa"])
+    write_lines(world.parent / "data" / "bare.jsonl", without["exp"])
+    write_lines(world.parent / "data" / "counted.jsonl", [row | {"cop": 4 - i} for i, row in enumerate(rows)])
+    talk = [[{"role": "user", "content": "word1"}, {"role": "assistant", "content": "word2"}]]
+    write_lines(world.parent / "data" / "talk.jsonl", [{"messages": said} for said in [*talk, talk[0][:1]]])
+    away = 'base="nobody/nothing"'
+    assert plan_of(world, away).problems == []
+    plan = plan_of(world, away, *settings)
+    assert len(plan.problems) == 1 and said in plan.problems[0]
+
+
+def test_without_the_bases_tokenizer_rows_are_counted_and_tokens_are_not(world: Path):
+    plan = plan_of(world, 'base="nobody/nothing"')
+    assert {table: (rows, tokens) for table, _, rows, tokens, _ in plan.sets}["target.train"] == ("40", "")
+    unchecked = "\n".join(plan.unchecked)
+    assert "train.jsonl: its tokens, for want of the base's tokenizer" in unchecked
+    assert "whether rows are both trained and scored" in unchecked
+    trained = {name: steps for name, _, _, steps, *_ in plan.methods}
+    assert trained["smf"] == "4"
+
+
+def test_a_budget_of_tokens_that_the_base_cannot_read_is_refused(world: Path):
+    settings = ("train.max_length=129",)  # of 128 positions
+    (problem,) = plan_of(world, *settings).problems
+    assert problem == "[train] max_length = 129, but the base reads 128 tokens at most; set it to 128 or less"
+    with pytest.raises(ConfigError) as raised:
+        load(load_recipe(world, settings))
+    assert str(raised.value) == problem
+    assert plan_of(world, "train.max_length=128").problems == []
+
+
+def test_of_the_backgrounds_documents_as_much_is_read_as_the_base_reads(world: Path, capsys):
+    write_lines(world.parent / "data" / "long.jsonl", [{"text": " ".join(WORDS[:90] * 2)}])
+    settings = ("background.max_length=512", 'background.source={path="long.jsonl"}')
+    plan = plan_of(world, *settings)
+    assert plan.problems == [] and "[background] max_length = 512, but the base reads 128" in capsys.readouterr().err
+    assert [tokens for table, *_, tokens, _ in plan.sets if table == "background.source"] == ["128, at most 128 each"]
+    recipe = load_recipe(world, settings)
+    loaded = load(recipe)
+    assert "[background] max_length = 512, but the base reads 128" in capsys.readouterr().err
+    method = recipe.methods["smf"]
+    optimizer = methods.smf(methods.attach(load_base(recipe), method, recipe), method, recipe, loaded).optimizer
+    (counts,) = {counts.total for counts in optimizer.background.layers.values()}  # type: ignore[union-attr]
+    assert counts == 128 * recipe.memory.heads * recipe.memory.knn

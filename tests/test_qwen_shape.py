@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -94,3 +95,11 @@ def test_the_benchmark_of_the_shape_measures_every_side_on_equal_steps(
         assert (turn["background"] > 0) == (side == "smf")
     assert turns["full"]["trained"] == turns["full"]["parameters"] > turns["lora"]["trained"]
     assert report["results"]["full"]["times full's seconds"]["median"] == 1
+
+
+@pytest.mark.parametrize("result", sorted(BENCHMARKS.glob("results/qwen_shape_*.json")), ids=lambda path: path.stem)
+def test_committed_results_name_files_as_seen_from_the_repository(result: Path):
+    found = json.loads(result.read_text())
+    named = [str(found["command"]), *map(str, found["setup"].values())]
+    words = [word for text in named for word in text.split()]
+    assert not [word for word in words if re.match(r"[/~]|\.\w", word)]  # of one machine, or a hidden folder

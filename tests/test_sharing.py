@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import fakes
 import smf
@@ -58,6 +60,23 @@ def test_a_generated_probe_without_a_right_answer_is_by_chance():
     assert "already knows the target 'set' (0.010 nats" in doubts({"set": known})[0]
 
 
+def test_a_set_is_judged_by_the_score_that_tables_show():
+    def of(role: str, task: str, **metrics: float) -> dict[str, Any]:
+        return {"set": {"role": role, "task": task, "metrics": metrics, "records": [{"id": 1}]}}
+
+    assert doubts(of("probe", "triviaqa", alias=0.25, exact_match=0.0, f1=0.1)) == []
+    (said,) = doubts(of("probe", "triviaqa", alias=0.0, exact_match=0.0, f1=0.0))
+    assert "by chance (alias 0.00)" in said
+    (said,) = doubts(of("target", "triviaqa", alias=0.99, exact_match=0.3, f1=0.5))
+    assert "already solves the target 'set' (alias 0.99)" in said
+    (said,) = doubts(of("probe", "perplexity", nats=11.9, perplexity=150_000), 151_936)
+    assert "reads the probe 'set' by chance (11.90 nats per token; guessing among its 151,936 tokens" in said
+    assert doubts(of("probe", "gsm8k_loss", loss=11.9, perplexity=150_000)) and not doubts(
+        of("probe", "wikitext", nats=4)
+    )
+    assert doubts(of("divergence", "divergence", nats=11.9)) == []
+
+
 def test_what_the_bases_scores_say_is_warned_of_before_a_method_trains(tmp_path: Path, capsys, monkeypatch):
     recipe = load_recipe(make_world(tmp_path), ['methods.other={kind="lora", lr=0.1}'])
     scores = {"exam": choices("target", [1] * 20), "trivia": choices("probe", [0] * 20)}
@@ -105,12 +124,11 @@ def test_the_card_has_scores_forgetting_with_intervals_and_how_to_load(run: Path
     assert f"torch {found['provenance']['versions']['torch']}" in card and "smf train recipe.toml --method smf" in card
 
 
-def test_what_is_uploaded_loads_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import shutil
-
+def test_what_is_uploaded_loads_again_and_names_no_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     import huggingface_hub
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     calls = []
 
@@ -133,11 +151,32 @@ def test_what_is_uploaded_loads_again(run: Path, tmp_path: Path, monkeypatch: py
     assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "patch.smf", "recipe.toml"}
     assert (tmp_path / "there" / "README.md").read_text() == model_card(run, "someone/my-memory")
     assert "secret" not in (tmp_path / "there" / "README.md").read_text()
+    said = capsys.readouterr().err
+    assert f"smf: warning: the base is a folder of this machine ({run.parents[1]}/base)" in said
+    texts = [(tmp_path / "there" / name).read_text() for name in ("README.md", "recipe.toml", "adapter_config.json")]
+    assert not [text for text in texts if str(run.parents[1]) in text]
+    assert 'from_pretrained("base")' in texts[0] and 'base = "base"' in texts[1] and '"base"' in texts[2]
     recipe = load_recipe(run / "recipe.toml")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(recipe.base), tmp_path / "there")
     patch = smf.load_patch(tmp_path / "there" / "patch.smf")
     patch.revert(model)  # its rows are those of the adapter
     assert sum(len(rows) for rows in patch.rows.values()) > 0
+
+
+def test_the_card_loads_the_base_that_it_belongs_to(run: Path, tmp_path: Path):
+    shutil.copytree(run, tmp_path / "run")
+    written = (run / "recipe.toml").read_text()
+
+    def loader(base: str) -> str:
+        line = next(line for line in written.splitlines() if line.startswith("base = "))
+        (tmp_path / "run" / "recipe.toml").write_text(written.replace(line, f'base = "{base}"'))
+        return model_card(tmp_path / "run", "a/b").split("from transformers import AutoModelForCausalLM\n")[1]
+
+    lines = loader("world").partition("model = ")[0]
+    names: dict[str, Any] = {"AutoModelForCausalLM": AutoModelForCausalLM}
+    exec(lines, names)  # what the card says loads
+    assert names["base"].config.vocab_size > 0 and "world.BASE" in lines
+    assert "from_pretrained('tiny/base', revision='main')" in loader("tiny/base")
 
 
 def test_what_is_no_finished_run_of_a_memory_is_refused(run: Path, tmp_path: Path):

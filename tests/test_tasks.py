@@ -68,6 +68,8 @@ def test_every_schema_of_questions_and_answers_is_read(row, prompt, answers):
     assert closed_book.select([row | {"question_id": "q"}], "file")[0]["id"] == "q"
     assert len(closed_book.select([row, row], "file")) == 1  # nothing tells them apart
     assert len(closed_book.select([row | {"id": 1}, row | {"id": 2}], "file")) == 2
+    assert len(closed_book.select([row | {"id": 1}, row | {"id": 1}], "file")) == 1  # as where a data set repeats rows
+    assert len(closed_book.select([row | {"id": 1}, row | {"id": 1, "answers": ["other"]}], "file")) == 2
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_every_schema_of_questions_and_answers_is_read(row, prompt, answers):
         ({"question": " "}, "'question'"),
         ({"answers": []}, "answers"),
         ({"answers": [None]}, "answers"),
-        ({"answers": None}, "no column holds answers"),
+        ({"answers": None}, "column 'answers' is empty (None), and no column holds answers"),
         ({"answers": None, "answer": {"value": None, "aliases": []}}, "a value and a list of aliases"),
         ({"answers": None, "possible_answers": "[1"}, "not JSON"),
         ({"answers": "[1, 2]"}, "expected a text, or a list"),
@@ -168,12 +170,26 @@ def test_letters_are_scored_beside_the_options():
         ([0, None], r"row 2: cop = None"),
         ([0, "b"], r"row 2: cop = 'b'"),
         ([0, True], r"row 2: cop = True"),
+        ([1, None, 4], r"row 2: cop = None; .*counts from 1.*subtract 1 from every cop"),
+        ([1, 2, 4, 5], r"row 3: cop = 4; .*counts from 1.*subtract 1 from every cop"),
+        (["1", "4"], r"row 1: cop = '1'; .* 0 to 3, as a whole number\. The file counts from 1"),
+        (["0", "3"], r"row 1: cop = '0'; .* 0 to 3, as a whole number$"),
+        ([0.0, 3.0], r"row 1: cop = 0\.0; .* 0 to 3, as a whole number$"),
     ],
 )
 def test_wrong_numbers_of_the_right_option_are_told_apart(numbers, said):
     rows = [question(i, random.Random(i)) | {"cop": number} for i, number in enumerate(numbers)]
     with pytest.raises(DataError, match=said):
         medmcqa.select(rows, "file")
+
+
+def test_a_file_in_which_no_right_option_is_the_first_is_warned_of(capsys: pytest.CaptureFixture[str]):
+    rows = [question(i, random.Random(i)) | {"cop": 1 + i % 3} for i in range(20)]
+    assert len(medmcqa.select(rows, "file")) == 20
+    assert "smf: warning: file: cop is 0 in none of 20 rows; where the file counts from 1" in capsys.readouterr().err
+    medmcqa.select(rows[:19], "file")
+    medmcqa.select([*rows, rows[0] | {"cop": 0}], "file")
+    assert not capsys.readouterr().err
 
 
 def test_questions_of_which_none_has_one_right_option_are_refused():
@@ -213,6 +229,18 @@ def chatting(template: str | None) -> Any:
 def learned(example: Example) -> list[str]:
     labels = Collator(0, "answer")([example])["labels"][0].tolist()
     return TOKENIZER.convert_ids_to_tokens([label for label in labels if label != -100])
+
+
+@pytest.mark.parametrize(
+    "written", ["{%generation%}", "{%-   generation %}", "{%+ generation -%}", "{%\n generation\t%}"]
+)
+def test_markers_are_found_however_they_are_written(written):
+    """Without them this template, which rewrites history, would be refused."""
+    template = MARKED.replace("{% generation %}", written).replace(
+        "{{ m['content'] }} .{%", "{{ m['content'] if loop.last else 'word99' }} .{%"
+    )
+    (example,) = responses.examples([{"messages": TALK}], "file", chatting(template), 64)
+    assert learned(example) == ["word99", ".", "word5", "word6", "."]
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import methods, world
-from .decoder import default_layers, find_decoder
+from .decoder import default_layers, find_decoder, positions_of
 from .errors import ConfigError, refusing
 from .recipe import Recipe
 from .selection import find_rule
@@ -18,8 +18,16 @@ from .sources import resolved
 
 
 def check_models(recipe: Recipe) -> None:
-    """Refuse memory options that do not fit the base, looking at its config only, and functions that do not exist."""
+    """Refuse examples longer than the base reads, memory options that do not fit it, and functions that do not exist.
+
+    Looks at the base's config only.
+    """
     config = base_config(recipe)
+    length, longest = recipe.train.max_length, positions(recipe)
+    if length > longest:
+        raise ConfigError(
+            f"[train] max_length = {length}, but the base reads {longest} tokens at most; set it to {longest} or less"
+        )
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         decoder = find_decoder(AutoModelForCausalLM.from_config(config))
@@ -66,7 +74,7 @@ def base_config(recipe: Recipe) -> Any:
 
 def positions(recipe: Recipe) -> int:
     """Tokens that the base reads at most; a million where its configuration does not say."""
-    return getattr(base_config(recipe), "max_position_embeddings", None) or 1_000_000
+    return positions_of(base_config(recipe))
 
 
 def on_this_machine(recipe: Recipe) -> bool:

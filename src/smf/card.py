@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
+import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, DataError
 from .recipe import Recipe
-from .recipe_file import load_recipe
+from .recipe_file import load_recipe, to_toml
 from .runs import read_result
 from .summary import summarise
 from .table import markdown
@@ -21,7 +24,7 @@ import smf  # registers the memory layers with PEFT
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({base!r}, revision={revision!r})
+{base}
 model = PeftModel.from_pretrained(base, {repo!r})
 ```
 """
@@ -54,23 +57,50 @@ def model_card(run: Path, repo: str) -> str:
     recipe, result, bases = _read(run)
     method = result["method"]
     summary = summarise([*bases, result], recipe.target.metrics)
-    known = recipe.base if not Path(recipe.base).exists() and recipe.base != "world" else None
+    known = recipe.base if not _is_local(recipe.base) and recipe.base != "world" else None
     data = ModelCardData(base_model=known, library_name="peft", tags=TAGS)
+    base = without_folders(recipe).base
     versions = ", ".join(f"{name} {version}" for name, version in result["provenance"]["versions"].items())
     revision = result["provenance"].get("revisions", {}).get(recipe.base, recipe.revision)
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {repo.rpartition('/')[2]}\n",
-        f"`{recipe.base}`, taught by [sparse memory finetuning](https://pypi.org/project/sparse-memory-finetuning/) "
+        f"`{base}`, taught by [sparse memory finetuning](https://pypi.org/project/sparse-memory-finetuning/) "
         f"(`{method}`): {result['steps']:,} steps, {_changed(result)}. The base's own weights did not change.\n",
         "## What was gained and lost\n",
         markdown(summary),
         "## How to load it\n\n```sh\npip install sparse-memory-finetuning\n```\n",
-        LOAD_ADAPTER.format(base=recipe.base, revision=revision, repo=repo),
+        LOAD_ADAPTER.format(base=_load_base(recipe, revision), repo=repo),
     ]
     if (run / "patch.smf").is_file():
         parts.append(LOAD_PATCH.format(repo=repo, size=(run / "patch.smf").stat().st_size / 1e6))
     parts.append(f"## How it was made\n\n`recipe.toml` is the whole recipe: `smf train recipe.toml --method {method}`.")
     return "\n".join([*parts, f"With {versions}.\n"])
+
+
+def _is_local(base: str) -> bool:
+    return Path(base).exists() or Path(base).is_absolute()
+
+
+def _load_base(recipe: Recipe, revision: str) -> str:
+    """The line that loads the base where somebody else has it."""
+    if recipe.base == "world":
+        return (
+            "from smf import world  # the base is shipped with the package\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained(world.BASE, dtype="{recipe.dtype}")'
+        )
+    if _is_local(recipe.base):
+        return (
+            "# the base is a folder of whoever trained this; it is not on the hub: put your copy of it here\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{without_folders(recipe).base}")'
+        )
+    return f"base = AutoModelForCausalLM.from_pretrained({recipe.base!r}, revision={revision!r})"
+
+
+def without_folders(recipe: Recipe) -> Recipe:
+    """The recipe with the names of this machine's folders in place of where they are."""
+    names = {key: getattr(recipe, key) for key in ("base", "data", "output", "lm_eval_tasks")}
+    local = {key: Path(name).resolve().name for key, name in names.items() if name and _is_local(name)}
+    return replace(recipe, **local)
 
 
 def _changed(result: dict[str, Any]) -> str:
@@ -109,12 +139,27 @@ def push_to_hub(run: str | Path, repo: str, *, private: bool = True, token: str 
     card = model_card(run, repo)
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(run / "adapter", folder, dirs_exist_ok=True)
-        for name in ("patch.smf", "recipe.toml"):
-            if (run / name).is_file():
-                shutil.copy(run / name, folder)
+        recipe = load_recipe(run / "recipe.toml")
+        if (run / "patch.smf").is_file():
+            shutil.copy(run / "patch.smf", folder)
+        (Path(folder) / "recipe.toml").write_text(to_toml(without_folders(recipe)), encoding="utf-8")
+        if _is_local(recipe.base) or recipe.base == "world":
+            _name_base(Path(folder) / "adapter_config.json", without_folders(recipe).base)
+        if _is_local(recipe.base):
+            print(
+                f"smf: warning: the base is a folder of this machine ({recipe.base}): what is uploaded says its name "
+                "alone, and nobody can load it without a copy of the base; upload it too",
+                file=sys.stderr,
+            )
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
         api = HfApi(token=token)
         api.create_repo(repo, private=private, exist_ok=True)
         return str(
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Adapter and patch of {run.name}")
         )
+
+
+def _name_base(config: Path, name: str) -> None:
+    """Write a name in place of the folder that an adapter's configuration says its base is in."""
+    written = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": name}
+    config.write_text(json.dumps(written, indent=2), encoding="utf-8")

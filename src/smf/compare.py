@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .base import base_config
 from .data import Loaded
 from .doubts import doubts
 from .errors import ConfigError, TrainingError
@@ -134,7 +135,8 @@ def _warn(runs: Sequence[Run]) -> None:
     """Say what the base's scores say against the comparison."""
     for run in runs:
         if run[0].methods[run[1]].kind == "base" and result_path(*run).is_file():
-            for doubt in doubts(read_result(result_path(*run))["scores"]):
+            words = getattr(base_config(run[0]), "vocab_size", None) or 32_000
+            for doubt in doubts(read_result(result_path(*run))["scores"], words):
                 print(f"smf: warning: {doubt}", file=sys.stderr)
 
 

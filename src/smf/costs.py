@@ -7,6 +7,7 @@ looked at anywhere. What an optimizer keeps, writes and exchanges is known from 
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -217,8 +218,8 @@ def _row_sum(memory: ProductKeyMemory) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what libraries warn of where tensors have no numbers."""
-    with warnings.catch_warnings():
+    """Without what libraries warn of where tensors have no numbers, and what attaching a memory prints."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 

@@ -25,6 +25,8 @@ class Example:
         start: the first token that is learned or scored; the tokens before it are the prompt.
         gaps: places after it that are read and not learned, such as what a user says in between.
         words: that it counts, where scores are by words.
+        row, column: of its file, where messages name them; no part of what the example is.
+        cut: whether the end of its text is cut away.
     """
 
     id: str
@@ -32,6 +34,15 @@ class Example:
     start: int
     gaps: tuple[int, ...] = ()
     words: int = 0
+    row: int = field(default=0, compare=False)
+    column: str = field(default="", compare=False)
+    cut: bool = field(default=False, compare=False)
+
+    @property
+    def place(self) -> str:
+        """What messages call it, after the name of its file."""
+        known = f"row {self.row}" if self.row else f"row {self.id}"
+        return f"{known}, column {self.column!r}" if self.column else known
 
 
 class Row(dict[str, Any]):
@@ -52,6 +63,15 @@ def numbered(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, 
     return [(getattr(row, "number", place), row) for place, row in enumerate(rows, 1)]
 
 
+def check_text(row: Mapping[str, Any], column: str, where: str, *, blank: bool = False) -> None:
+    """Refuse a row whose column is not a text or, where it must not be `blank`, has nothing in it."""
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where}: column {column!r} is not a text ({value!r:.60}); write it in quotes")
+    if not blank and (not value or not value.strip()):
+        raise DataError(f"{where}: column {column!r} is empty ({value!r}); expected a text")
+
+
 @dataclass(frozen=True)
 class ScoredSet:
     """One target or probe set of a recipe, loaded and checked before anything trains.
@@ -63,6 +83,7 @@ class ScoredSet:
         cluster: ids that agree up to the first such text are about one thing; "": every id is.
         pages: examples that are scored once more, by words.
         hub: revisions of the data sets on the hub that its task loads by itself, by name.
+        where: what messages call its file.
     """
 
     role: str
@@ -71,6 +92,7 @@ class ScoredSet:
     cluster: str = ""
     pages: list[Example] = field(default_factory=list)
     hub: dict[str, str] = field(default_factory=dict)
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,9 @@ class Loaded:
         return {id: number for number, id in enumerate(ids)}
 
 
-def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int, *, end: bool) -> Example:
+def encode(
+    tokenizer: Any, id: str, prompt: str, response: str, max_length: int, *, end: bool, row: int = 0, column: str = ""
+) -> Example:
     """Tokens of prompt and response together; the response begins where they differ from the prompt's own tokens.
 
     The prompt's last characters may become one token with the response's first: that token is where it begins.
@@ -113,12 +137,14 @@ def encode(tokenizer: Any, id: str, prompt: str, response: str, max_length: int,
         prompt, response: texts; the response keeps its leading blank.
         max_length: tokens kept.
         end: whether an end-of-sequence token follows, where the tokenizer has one.
+        row, column: what messages name.
     """
     own = tokenizer(prompt)["input_ids"] if prompt else []
     ids = list(tokenizer(prompt + response)["input_ids"])
     if end and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
-    return Example(id, ids[:max_length], shared_start(own, ids))
+    start, cut = shared_start(own, ids), len(ids) > max_length
+    return Example(id, ids[:max_length], start, row=row, column=column, cut=cut)
 
 
 def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
@@ -127,7 +153,7 @@ def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def keep_answered(examples: Sequence[Example], where: str, too_long: str, max_length: int) -> list[Example]:
-    """The examples whose answer was not cut away; how many are left out is said.
+    """The examples of whose answer something is left; how many are left out, and how many cut short, is said.
 
     Args:
         examples: of one file.
@@ -136,21 +162,31 @@ def keep_answered(examples: Sequence[Example], where: str, too_long: str, max_le
         max_length: tokens that an example was cut to.
 
     Raises:
-        DataError: naming the file and the row, also where nothing is left.
+        DataError: naming file, row and column, also where nothing is left.
     """
     cut = [example for example in examples if example.start >= len(example.ids)]
     if cut and too_long == "error":
         raise DataError(
-            f"{where}: the answer of row {cut[0].id} and of {len(cut) - 1} others is cut away: its prompt has "
+            f"{where}: the answer of {cut[0].place} and of {len(cut) - 1} others is cut away: its prompt has "
             f'{cut[0].start} tokens, max_length is {max_length}. Raise max_length, or set too_long = "drop"'
         )
     kept = [example for example in examples if example.start < len(example.ids)]
     if not kept:
-        raise DataError(f"{where}: no example is left: every answer is cut away at max_length = {max_length}")
+        raise DataError(
+            f"{where}: no example is left: every answer is cut away at max_length = {max_length}, the first of them in "
+            f"{cut[0].place}, whose prompt has {cut[0].start} tokens. Raise max_length, or give shorter prompts"
+        )
     if cut:
         print(
             f"smf: {where}: {len(cut):,} of {len(examples):,} examples are left out, whose answer is cut away at "
-            f"max_length = {max_length}",
+            f"max_length = {max_length}; the first is {cut[0].place}",
+            file=sys.stderr,
+        )
+    shortened = [example for example in kept if example.cut]
+    if shortened:
+        print(
+            f"smf: {where}: {len(shortened):,} of {len(examples):,} examples are cut within their answer at max_length "
+            f"= {max_length}, and learned or scored up to there; the first is {shortened[0].place}",
             file=sys.stderr,
         )
     return kept

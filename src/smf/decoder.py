@@ -177,3 +177,8 @@ def refuse_base(model: nn.Module) -> None:
             f"the model is a {type(model).__name__} already, with adapters {list(model.peft_config)}; "
             "model.add_adapter(name, config) adds a memory beside another, model.unload() gives the plain base back"
         )
+
+
+def positions_of(config: Any) -> int:
+    """Tokens that a model of this configuration reads at most; a million where it does not say."""
+    return getattr(config, "max_position_embeddings", None) or 1_000_000

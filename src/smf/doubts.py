@@ -5,29 +5,45 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .stats import RATIOS
+from .tasks import find_task
+
 SOLVED = 0.95  # share of right answers from which on a target is no longer learned
 NATS_SOLVED = 0.05  # nats per token of right answers below which it is known by heart
+NATS_GUESSED = 0.9  # of the nats of guessing among all tokens, from which on a text is read by chance
 ERRORS = 2.0  # standard errors around chance that count as chance
 
 
-def doubts(scores: dict[str, Any]) -> list[str]:
+def doubts(scores: dict[str, Any], vocabulary: int = 32_000) -> list[str]:
     """One sentence for each target that the base already solves and each probe that it answers by chance.
+
+    A set is judged by the first metric of its task, which tables show and forgetting is made of.
 
     Args:
         scores: of the base, by set, with records.
+        vocabulary: tokens that the base chooses among.
     """
     found = []
     for name, score in scores.items():
         metrics, records = score["metrics"], score["records"]
-        metric = next((m for m in ("acc", "exact_match", "alias", "score") if m in metrics), None)
-        if score["role"] == "target" and metric is not None and metrics[metric] >= SOLVED:
-            found.append(f"the base already solves the target {name!r} ({metric} {metrics[metric]:.2f})")
-        elif score["role"] == "target" and metric is None and metrics.get("loss", math.inf) < NATS_SOLVED:
-            found.append(f"the base already knows the target {name!r} ({metrics['loss']:.3f} nats per token)")
-        if score["role"] == "probe" and metric is not None and _by_chance(metrics[metric], records):
+        if score["role"] not in ("target", "probe"):
+            continue
+        metric = find_task(score["task"]).METRICS[0]
+        value, target = metrics[metric], score["role"] == "target"
+        if metric in RATIOS:
+            guessing = math.log(vocabulary)
+            if target and value < NATS_SOLVED:
+                found.append(f"the base already knows the target {name!r} ({value:.3f} nats per token)")
+            elif not target and value >= NATS_GUESSED * guessing:
+                found.append(
+                    f"the base reads the probe {name!r} by chance ({value:.2f} nats per token; guessing among its "
+                    f"{vocabulary:,} tokens gives {guessing:.2f}): it has nothing to lose there"
+                )
+        elif target and value >= SOLVED:
+            found.append(f"the base already solves the target {name!r} ({metric} {value:.2f})")
+        elif not target and _by_chance(value, records):
             found.append(
-                f"the base answers the probe {name!r} by chance ({metric} {metrics[metric]:.2f}): it "
-                "has nothing to lose there"
+                f"the base answers the probe {name!r} by chance ({metric} {value:.2f}): it has nothing to lose there"
             )
     return found
 

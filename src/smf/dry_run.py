@@ -23,6 +23,7 @@ from .memory import memory_layers
 from .prepare import (
     check_output,
     check_target,
+    document_length,
     heals,
     load_documents,
     load_set,
@@ -32,9 +33,11 @@ from .prepare import (
     refuse_shared_validation,
     refuse_trained,
     replays,
+    scored_rows,
+    training_rows,
 )
 from .recipe import Asked, Method, Recipe, asked, sources
-from .sources import CACHE, place
+from .sources import CACHE, load_texts, place
 from .tasks import find_task, harness_task
 
 LOGITS = 2 * 4  # bytes of scoring's logits for each word of the vocabulary: in float32, and their softmax
@@ -108,32 +111,26 @@ def _about_base(recipe: Recipe, config: Any, tokenizer: Any) -> dict[str, str]:
 
 def _look_at_data(plan: Plan, recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
     """Note every set with its rows and tokens; returns what could be loaded, by its table of the recipe."""
-    here = replace(recipe, data=CACHE) if recipe.data == "hub" else recipe
-    loaders: dict[str, Callable[[], Any]] = {"target.train": lambda: load_training(here, tokenizer)}
     scores = {each.table: each for each in asked(recipe).values()}
-    loaders |= {table: lambda each=each: load_set(here, each, tokenizer) for table, each in scores.items()}
-    if recipe.background is not None:
-        loaders["background.source"] = lambda: _documents(here, tokenizer)
-    for table in ("heal.source", "replay.source"):
-        loaders[table] = lambda table=table: load_text(here, sources(recipe)[table], tokenizer)
+    loaders = _loaders(replace(recipe, data=CACHE) if recipe.data == "hub" else recipe, tokenizer)
     found: dict[str, Any] = {}
     for table, source in sources(recipe).items():
         where = place(source, recipe.data)
-        if tokenizer is None and table != "background.source":
-            plan.unchecked.append(f"[{table}] {where}: rows and tokens, for want of the base's tokenizer")
-        else:
-            try:
-                found[table] = _try(plan, loaders[table])
-            except HubError:
-                plan.unchecked.append(
-                    f"[{table}] {where}, revision {source.revision}: it is on the hub, not in its cache"
-                )
+        try:
+            found[table] = _try(plan, loaders[table])
+            if tokenizer is None and table != "background.source":
+                plan.unchecked.append(f"[{table}] {where}: its tokens, for want of the base's tokenizer")
+        except HubError:
+            plan.unchecked.append(f"[{table}] {where}, revision {source.revision}: it is on the hub, not in its cache")
         shown = ", ".join(find_task(scores[table].task).METRICS) if table in scores else ""
         plan.sets.append((table, where, *_size(found.get(table)), shown))
     for each in scores.values():
         if each.table not in sources(recipe):
             _look_at_task(plan, recipe, each)
-    _look_for_overlaps(plan, recipe, found)
+    if tokenizer is not None:
+        _look_for_overlaps(plan, recipe, found)
+    else:
+        plan.unchecked.append("whether rows are both trained and scored, for want of the base's tokenizer")
     return found
 
 
@@ -160,13 +157,33 @@ def _look_at_disk(plan: Plan, recipe: Recipe, config: Any, train: list[Example] 
         )
 
 
+def _loaders(recipe: Recipe, tokenizer: Any) -> dict[str, Callable[[], Any]]:
+    """What reads and checks each source, by table; without a tokenizer, its rows alone."""
+    scores, own = {each.table: each for each in asked(recipe).values()}, sources(recipe)
+    if tokenizer is None:
+        loaders: dict[str, Callable[[], Any]] = {"target.train": lambda: training_rows(recipe)}
+        loaders |= {table: lambda each=each: scored_rows(recipe, each) for table, each in scores.items()}
+    else:
+        loaders = {"target.train": lambda: load_training(recipe, tokenizer)}
+        loaders |= {table: lambda each=each: load_set(recipe, each, tokenizer) for table, each in scores.items()}
+    if recipe.background is not None:
+        loaders["background.source"] = lambda: _documents(recipe, tokenizer)
+    for table in ("heal.source", "replay.source"):
+        if tokenizer is None:
+            loaders[table] = lambda table=table: load_texts(own[table], recipe.data, recipe.parts)
+        else:
+            loaders[table] = lambda table=table: load_text(recipe, own[table], tokenizer)
+    return loaders
+
+
 def _documents(recipe: Recipe, tokenizer: Any) -> list[Any]:
     """The background's documents, as tokens where there is a tokenizer."""
     assert recipe.background is not None
     texts = load_documents(recipe, recipe.background.source)
     if tokenizer is None:
         return texts
-    return [encode(tokenizer, "", "", text, recipe.background.max_length, end=False) for text in texts]
+    length = document_length(recipe)
+    return [encode(tokenizer, "", "", text, length, end=False) for text in texts]
 
 
 def _look_at_task(plan: Plan, recipe: Recipe, each: Asked) -> None:

@@ -17,7 +17,7 @@ from .addon import add_dense, save_dense
 from .background import read_background
 from .config import SparseMemoryConfig
 from .data import Loaded
-from .decoder import find_decoder
+from .decoder import find_decoder, positions_of
 from .errors import ConfigError
 from .optimizer import SparseMemoryOptimizer
 from .patch import Patch
@@ -185,7 +185,7 @@ def smf(model: Any, method: Method, recipe: Recipe, loaded: Loaded) -> Prepared:
     set_train(model, method.train)
     background = None
     if recipe.background is not None:  # also where the rule does not look at it: the log says who writes its hubs
-        length = recipe.background.max_length
+        length = min(recipe.background.max_length, positions_of(model.config))
         background = read_background(model, loaded.background, tokenizer=loaded.tokenizer, max_length=length)
     optimizer = SparseMemoryOptimizer(
         model,

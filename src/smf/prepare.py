@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import check_models, load_tokenizer, positions, resolved_base
-from .data import Example, Loaded, ScoredSet, encode, keep_answered
+from .data import Example, Loaded, Row, ScoredSet, check_text, encode, keep_answered
 from .errors import ConfigError, DataError, refusing
 from .harness import check_task
 from .recipe import VALIDATION, Asked, Recipe, Source, asked, sources
@@ -28,6 +29,8 @@ def load(recipe: Recipe) -> Loaded:
     train = load_training(recipe, tokenizer)
     refuse_trained(recipe, train, scored)
     background = [] if recipe.background is None else load_documents(recipe, recipe.background.source)
+    if background:
+        document_length(recipe)
     healing: list[Example] = []
     if recipe.heal is not None and heals(recipe):
         healing = load_text(recipe, recipe.heal.source, tokenizer)
@@ -38,6 +41,19 @@ def load(recipe: Recipe) -> Loaded:
         refuse_scored("replay", texts, scored)
         replay = [dataclasses.replace(text, id=f"replay {text.id}") for text in texts]  # not an example's id
     return Loaded(tokenizer, train, scored, background, healing, replay, revisions(recipe, scored))
+
+
+def document_length(recipe: Recipe) -> int:
+    """Tokens read of a document of the background; where the base reads fewer than are asked for, it is said."""
+    assert recipe.background is not None
+    length, longest = recipe.background.max_length, positions(recipe)
+    if length > longest:
+        print(
+            f"smf: [background] max_length = {length}, but the base reads {longest} tokens at most: so much of each "
+            "document is read",
+            file=sys.stderr,
+        )
+    return min(length, longest)
 
 
 def heals(recipe: Recipe) -> bool:
@@ -54,24 +70,54 @@ def load_training(recipe: Recipe, tokenizer: Any) -> list[Example]:
     """What is learned, none of it cut away."""
     target = recipe.target
     task, where = find_task(target.task), place(target.train, recipe.data)
-    length = recipe.train.max_length
+    length, rows = recipe.train.max_length, training_rows(recipe)
     if task.KIND == "response":
-        rows = load_rows(target.train, recipe.data, recipe.parts, task.COLUMNS)
         with refusing(DataError, where):
             return keep_answered(task.examples(rows, where, tokenizer, length), where, recipe.train.too_long, length)
     explained = target.explanation and hasattr(task, "EXPLANATION")
-    need = (*task.COLUMNS, task.EXPLANATION) if explained else task.COLUMNS
-    given = load_rows(target.train, recipe.data, recipe.parts, need)
     with refusing(DataError, where):
-        rows = task.select(given, where)
-        taught = [(str(row["id"]), lessons(task, row, explanation=explained)) for row in rows]
-        texts = [
-            (id if len(own) == 1 else f"{id}.{number}", *lesson)
-            for id, own in taught
-            for number, lesson in enumerate(own)
+        taught = [(row, lessons(task, row, explanation=explained)) for row in rows]
+        examples = [
+            encode(tokenizer, _id(row, n if len(own) > 1 else None), *text, length, end=True, **_known(task, row))
+            for row, own in taught
+            for n, text in enumerate(own)
         ]
-        examples = [encode(tokenizer, *text, length, end=True) for text in texts]
     return keep_answered(examples, where, recipe.train.too_long, length)
+
+
+def training_rows(recipe: Recipe) -> list[Any]:
+    """The rows to learn from, checked as far as that needs no tokenizer."""
+    target = recipe.target
+    task = find_task(target.task)
+    explained = target.explanation and hasattr(task, "EXPLANATION")
+    rows = _checked_rows(recipe, task, target.train)
+    if explained and task.EXPLANATION not in rows[0]:
+        raise DataError(
+            f"{place(target.train, recipe.data)} has no column {task.EXPLANATION!r}, which is learned; "
+            f"its columns are {list(rows[0])}. Where there are none to learn, set explanation = false in [target]"
+        )
+    for row in rows if explained else ():
+        if row[task.EXPLANATION] is not None:  # a row need not have one
+            check_text(row, task.EXPLANATION, f"{place(target.train, recipe.data)}, row {row.number}", blank=True)
+    return rows
+
+
+def scored_rows(recipe: Recipe, wanted: Asked) -> list[Any]:
+    """The rows that a set asks about or reads, checked as far as that needs no tokenizer."""
+    task, source = find_task(wanted.task), wanted.source
+    if task.KIND == "text":
+        return load_texts(source, recipe.data, recipe.parts)
+    forms = getattr(task, "FORMS", ())
+    if source.form and source.form not in forms:
+        raise ConfigError(f"[{wanted.table}] form = {source.form!r}; task {wanted.task!r} has {list(forms) or 'none'}")
+    return _checked_rows(recipe, task, source)
+
+
+def _checked_rows(recipe: Recipe, task: Any, source: Source) -> list[Any]:
+    where = place(source, recipe.data)
+    given = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
+    with refusing(DataError, where):
+        return task.select(given, where)
 
 
 def load_scored(recipe: Recipe) -> tuple[Any, dict[str, ScoredSet]]:
@@ -100,11 +146,14 @@ def check_target(recipe: Recipe) -> None:
 def refuse_trained(recipe: Recipe, train: Iterable[Example], scored: Mapping[str, ScoredSet]) -> None:
     """Refuse rows that are both trained and scored, where recall of them is not the question."""
     tested = [each for each in scored.values() if each.role in ("target", "validation")]
-    overlap = {example.id for example in train} & {id for each in tested for id in _ids(each)}
+    learned = {example.id: example.row for example in train}
+    overlap = {id: (each.where, row) for each in tested for id, row in _ids(each).items() if id in learned}
     if overlap and not recipe.target.recall:
+        id, (where, row) = min(overlap.items())
         raise DataError(
-            f"{len(overlap)} rows are both trained and scored, such as id {min(overlap)!r}; where recall of what was "
-            "read is the question, set recall = true in [target]"
+            f"{len(overlap)} rows are both trained and scored, such as id {id!r}: "
+            f"{place(recipe.target.train, recipe.data)}, row {learned[id]}, and {where}, row {row}; where recall of "
+            "what was read is the question, set recall = true in [target]"
         )
 
 
@@ -112,25 +161,34 @@ def refuse_scored(what: str, texts: Iterable[Example], scored: Mapping[str, Scor
     """Refuse general text that trains, in the table `what`, and is a probe as well."""
     probes = [item for each in scored.values() if each.role == "probe" for item in each.items]
     known = {tuple(item.ids) for item in probes if isinstance(item, Example)}
-    both = [text.id for text in texts if tuple(text.ids) in known]
+    both = [text for text in texts if tuple(text.ids) in known]
     if both:
-        raise DataError(f"{len(both)} texts of [{what}] are scored as well, such as number {both[0]}; use [parts]")
+        raise DataError(
+            f"{len(both)} texts of [{what}] are scored as well, such as that of {both[0].place}; use [parts]"
+        )
 
 
 def refuse_shared_validation(sets: Mapping[str, ScoredSet]) -> None:
     """Refuse to choose learning rates by what the methods are compared by."""
     if VALIDATION in sets:
-        tested = {id for scored in sets.values() if scored.role == "target" for id in _ids(scored)}
-        shared = _ids(sets[VALIDATION]) & tested
+        own, tested = sets[VALIDATION], [scored for scored in sets.values() if scored.role == "target"]
+        ids = _ids(own)
+        shared = {id: (each.where, row) for each in tested for id, row in _ids(each).items() if id in ids}
         if shared:
-            raise DataError(f"{len(shared)} validation rows are in target.eval too, such as id {min(shared)!r}")
+            id, (where, row) = min(shared.items())
+            raise DataError(
+                f"{len(shared)} validation rows are in target.eval too, such as id {id!r}: {own.where}, row {ids[id]}, "
+                f"and {where}, row {row}"
+            )
 
 
-def _ids(scored: ScoredSet) -> set[str]:
-    """Of the rows that a set asks about; a task of the harness has documents of its own."""
+def _ids(scored: ScoredSet) -> dict[str, int]:
+    """The rows that a set asks about, their numbers by id; a task of the harness has documents of its own."""
     if find_task(scored.task).KIND == "harness":
-        return set()
-    return {item.id if isinstance(item, Example) else item["id"] for item in scored.items}
+        return {}
+    asked = [item for item in scored.items if not isinstance(item, Example)]
+    read = {item.id: item.row for item in scored.items if isinstance(item, Example)}
+    return read | {item["id"]: item.get("row", 0) for item in asked}
 
 
 def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
@@ -144,32 +202,49 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     if wanted.window > longest:
         raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
     room = wanted.window or min(getattr(task, "WINDOW", length), longest)
+    rows = scored_rows(recipe, wanted)
     if task.KIND == "text":
-        rows = load_texts(source, recipe.data, recipe.parts)
         with refusing(DataError, where):
             pages = task.pages(rows, source.column, tokenizer, room) if hasattr(task, "pages") else []
             made = _some(task.examples(rows, source.column, tokenizer, room), where, source)
         return ScoredSet(role, name, made, source.cluster, pages)
-    forms = getattr(task, "FORMS", ())
-    if source.form and source.form not in forms:
-        raise ConfigError(f"[{wanted.table}] form = {source.form!r}; task {name!r} has {list(forms) or 'none'}")
-    rows = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
     if task.KIND == "response":
         with refusing(DataError, where):
             made = task.examples(rows, where, tokenizer, room)
-        return ScoredSet(role, name, keep_answered(made, where, recipe.train.too_long, room), source.cluster)
+        kept = keep_answered(made, where, recipe.train.too_long, room)
+        _refuse_twice([{"id": example.id, "row": example.row} for example in kept], where)
+        return ScoredSet(role, name, kept, source.cluster, where=where)
     with refusing(DataError, where):
-        questions = [(task.item(row, *([source.form] if source.form else [])), row) for row in task.select(rows, where)]
+        forms = [source.form] if source.form else []
+        questions = [(task.item(row, *forms), row, task.response(row, explanation=False)) for row in rows]
         answered = [
-            encode(tokenizer, item["id"], item["prompt"], task.response(row, explanation=False), length, end=True)
-            for item, row in questions
+            encode(tokenizer, item["id"], item["prompt"], answer, length, end=True, **_known(task, row))
+            for item, row, answer in questions
         ]
     kept = {example.id for example in keep_answered(answered, where, recipe.train.too_long, length)}
-    items = [item for item, _ in questions if item["id"] in kept]
-    twice = [id for id, count in Counter(item["id"] for item in items).items() if count > 1]
+    items = [item | {"row": row.number} for item, row, _ in questions if item["id"] in kept]
+    _refuse_twice(items, where)
+    return ScoredSet(role, name, items, source.cluster, where=where)
+
+
+def _id(row: Row, number: int | None) -> str:
+    return str(row["id"]) if number is None else f"{row['id']}.{number}"
+
+
+def _known(task: Any, row: Row) -> dict[str, Any]:
+    """Where a row's prompt stands, for messages."""
+    return {"row": row.number, "column": row["column"] if task.KIND == "answer" else task.PROMPT}
+
+
+def _refuse_twice(items: list[dict[str, Any]], where: str) -> None:
+    first: dict[str, int] = {}
+    twice = [(first[item["id"]], item) for item in items if first.setdefault(item["id"], item["row"]) != item["row"]]
     if twice:
-        raise DataError(f"{where}: {len(twice)} ids stand there twice, such as {twice[0]!r}")
-    return ScoredSet(role, name, items, source.cluster)
+        row, item = twice[0]
+        raise DataError(
+            f"{where}, row {item['row']}: {len(twice)} ids stand there twice, such as {item['id']!r}, which is row "
+            f"{row}'s too; leave equal rows out, and give others an id of their own"
+        )
 
 
 def load_text(recipe: Recipe, source: Source, tokenizer: Any) -> list[Example]:

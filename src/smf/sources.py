@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import functools
 import gzip
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from . import world
 from .data import Row, numbered
@@ -120,21 +121,52 @@ def _read(source: Source, data: str) -> Any:
         raise DataError(f"no data file at {file}; --data must be the folder that has {source.path!r}, or hub")
     if file.suffix not in READERS:
         _check_nesting(file)
+    kind = READERS.get(file.suffix, "json")
     try:
-        return datasets.load_dataset(READERS.get(file.suffix, "json"), data_files=str(file), split="train")
+        return datasets.load_dataset(kind, data_files=str(file), split="train")
     except Exception as error:  # datasets wraps many parsers' errors
-        raise DataError(f"{file} cannot be read as JSON lines: {error.__cause__ or error}") from error
+        if not file.stat().st_size:
+            raise DataError(f"{file} has no rows: it is empty") from error
+        what = "JSON lines" if kind == "json" else kind
+        found = _broken_row(file) if kind == "json" else None  # the parser counts rows within a piece of the file
+        raise DataError(f"{file} cannot be read as {what}: {found or error.__cause__ or error}") from error
+
+
+def _broken_row(file: Path) -> str | None:
+    """Which row of a file of JSON lines cannot be read, and why; None where all of them can."""
+    number = 0
+    with _opened(file) as lines:
+        for number, line in enumerate((line for line in lines if line.strip(b"\xef\xbb\xbf \t\r\n")), 1):
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                return f"row {number} is not JSON ({error}): {line[:60]!r}"
+            if isinstance(row, list) and number == 1:
+                return None  # one list of all rows
+            if not isinstance(row, dict):
+                return f"row {number} is {row!r:.40}; expected an object with columns"
+    return None if number else "it has no rows"
+
+
+def _opened(file: Path) -> IO[bytes]:
+    """The file's bytes, unpacked where gzip packed them."""
+    with file.open("rb") as plain:
+        packed = plain.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(file)) if packed else file.open("rb")
 
 
 def _check_nesting(file: Path) -> None:
-    """Refuse a file whose JSON is nested too deep for the parser, which would crash."""
-    with file.open("rb") as plain:
-        packed = plain.read(2) == b"\x1f\x8b"
+    """Refuse a file whose JSON is nested too deep for the parser, which would crash, or is not in UTF-8."""
     left = b""  # brackets that are open so far
-    with gzip.open(file) if packed else file.open("rb") as lines:
+    with _opened(file) as lines:
         for number, line in enumerate(lines, 1):
             if number == 1 and line.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"", b"{", b"["):
                 raise DataError(f"{file} is neither JSON lines, nor such lines packed by gzip; it begins {line[:20]!r}")
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                byte = line[error.start : error.end]
+                raise DataError(f"{file}, line {number} is not UTF-8: {byte!r} is no character; convert it") from error
             bare = line.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NOT_STRUCTURE)
             left += b"".join(bare.split(b'"')[::2])  # without what stands in strings
             for _ in range(NESTED):

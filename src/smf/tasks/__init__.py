@@ -2,8 +2,9 @@
 
 A task is a module with COLUMNS, KIND and METRICS (the first is shown in tables):
 KIND "choice" and "answer" have `select(rows, where)`, `item(row)` and `response(row, explanation=)`, and those of kind
-"answer" STOP and `marks(said, answers)`; where training reads several texts of a row, `lessons(row)`.
-KIND "response" has `examples(rows, where, tokenizer, max_length)`.
+"choice" PROMPT, the column that asks, those of kind "answer" STOP and `marks(said, answers)`; where training reads
+several texts of a row, `lessons(row)`.
+KIND "response" has `select(rows, where)` and `examples(rows, where, tokenizer, max_length)`.
 KIND "text" has `examples(rows, column, tokenizer, max_length)`, and `pages(...)` where words count.
 KIND "harness" is any task of lm-evaluation-harness, named "lm_eval:NAME" or "lm_eval:NAME:METRIC".
 """

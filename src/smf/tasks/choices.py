@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data import numbered
+from ..data import check_text, numbered
 from ..errors import DataError
 
 KIND = "choice"
+PROMPT = "prompt"
 COLUMNS = ("id", "prompt", "choices", "answer")  # and "explanation", where explanations are learned
 EXPLANATION = "explanation"
 METRICS = ("acc", "answer_norm", "loss")
@@ -17,8 +18,9 @@ METRICS = ("acc", "answer_norm", "loss")
 def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
     """All rows; raises DataError for one without a prompt, two choices or a right one among them."""
     for number, row in numbered(rows):
-        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-            raise DataError(f"{where}, row {number}: column 'prompt' is empty ({row['prompt']!r})")
+        check_text(row, "prompt", f"{where}, row {number}")
+        if row["id"] is None:
+            raise DataError(f"{where}, row {number}: column 'id' is empty (None); each row needs an id of its own")
         texts = row["choices"]
         if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) and t.strip() for t in texts):
             raise DataError(f"{where}, row {number}: choices = {texts!r}; expected a list of two texts or more")

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data import Row, numbered
+from ..data import Row, check_text, numbered
 from ..errors import DataError
 from ..fingerprint import json_hash
 
@@ -22,7 +22,7 @@ ANSWERS = ("answers", "aliases", "possible_answers", "answer", "obj")  # columns
 
 
 def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
-    """All rows as `{"id", "prompt", "answers"}`.
+    """All rows as `{"id", "prompt", "answers", "column"}`, the last where the prompt comes from.
 
     A row has a `prompt` as it is to be read, or a `question`, which is asked as "Question: ...\\nAnswer:"; and right
     answers: a list of texts (`answers`, `aliases`), one text (`answer`), TriviaQA's `answer = {value, aliases}`, or
@@ -32,12 +32,12 @@ def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, A
         DataError: naming file, row and column.
     """
     selected = [Row.at(number, _selected(row, f"{where}, row {number}")) for number, row in numbered(rows)]
-    seen: set[str] = set()
+    first: dict[str, Mapping[str, Any]] = {}
     kept = []
     for row, own in zip(rows, selected, strict=True):
-        if own["id"] not in seen or _own_id(row) is not None:  # equal questions that nothing tells apart count once
+        before = first.setdefault(own["id"], own)
+        if before is own or (_own_id(row) is not None and before != own):  # what nothing tells apart counts once
             kept.append(own)
-        seen.add(own["id"])
     return kept
 
 
@@ -45,12 +45,12 @@ def _selected(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     name = next((column for column in ("prompt", "question") if column in row), None)
     if name is None:
         raise DataError(f"{where}: there is neither a column 'prompt' nor 'question'; its columns are {list(row)}")
-    if not isinstance(row[name], str) or not row[name].strip():
-        raise DataError(f"{where}: column {name!r} is empty ({row[name]!r})")
+    check_text(row, name, where)
     prompt = row[name] if name == "prompt" else f"Question: {row[name].strip()}\nAnswer:"
     id = _own_id(row)
     answers = _answers(row, where)
-    return {"id": json_hash([prompt, answers])[:12] if id is None else str(id), "prompt": prompt, "answers": answers}
+    known = json_hash([prompt, answers])[:12] if id is None else str(id)
+    return {"id": known, "prompt": prompt, "answers": answers, "column": name}
 
 
 def _own_id(row: Mapping[str, Any]) -> Any:
@@ -61,7 +61,10 @@ def _answers(row: Mapping[str, Any], where: str) -> list[str]:
     """The right answers, the one to teach first."""
     column = next((column for column in ANSWERS if row.get(column) is not None), None)
     if column is None:
-        raise DataError(f"{where}: no column holds answers; expected one of {ANSWERS}, there are {list(row)}")
+        empty = [f"column {column!r} is empty (None), and " for column in ANSWERS if column in row][:1]
+        raise DataError(
+            f"{where}: {''.join(empty)}no column holds answers; expected one of {ANSWERS}, there are {list(row)}"
+        )
     texts, expected = _cell(row[column]), "a text, or a list of one text or more"
     if column == "possible_answers" and isinstance(texts, str):
         raise DataError(f"{where}: column {column!r} is not JSON ({texts!r})")

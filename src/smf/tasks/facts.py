@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..data import numbered
+from ..data import Row, numbered
 from ..errors import DataError
 from . import closed_book
 from .closed_book import COLUMNS, KIND, METRICS, STOP, marks, response
@@ -119,7 +119,9 @@ def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, A
         if "question" not in row:
             raise DataError(f"{where}, row {number}: there is no column 'question'; its columns are {list(row)}")
     selected = numbered(closed_book.select(rows, where))
-    return [dict(row) | _recognised(row["prompt"], f"{where}, row {number}") for number, row in selected]
+    return [
+        Row.at(number, dict(row) | _recognised(row["prompt"], f"{where}, row {number}")) for number, row in selected
+    ]
 
 
 def _recognised(prompt: str, where: str) -> dict[str, Any]:

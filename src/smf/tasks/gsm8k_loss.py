@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ..data import Example, numbered
-from ..errors import DataError
+from ..data import Example, Row, check_text, numbered
 from . import responses
 
 KIND = "response"
@@ -15,12 +15,19 @@ METRICS = ("loss", "perplexity")
 WINDOW = 1024  # tokens, where the base reads as many: solutions are scored whole, however short training's examples are
 
 
+def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
+    """All rows; raises DataError for one without a question or a solution."""
+    for number, row in numbered(rows):
+        for column in COLUMNS:
+            check_text(row, column, f"{where}, row {number}")
+    return list(rows)
+
+
 def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_length: int) -> list[Example]:
     """A question as a prompt, its solution as the response."""
     pairs = []
-    for number, row in numbered(rows):
-        for column in COLUMNS:
-            if not isinstance(row[column], str) or not row[column].strip():
-                raise DataError(f"{where}, row {number}: column {column!r} is empty ({row[column]!r})")
-        pairs.append({"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"})
-    return responses.examples(pairs, where, tokenizer, max_length)
+    for number, row in numbered(select(rows, where)):
+        pair = {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
+        pairs.append(Row.at(number, pair))
+    made = responses.examples(pairs, where, tokenizer, max_length)
+    return [replace(example, column="question") for example in made]

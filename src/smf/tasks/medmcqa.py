@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data import numbered
+from ..data import check_text, numbered
 from ..errors import DataError
 
 LETTERS = "ABCD"
+TYPES = ("single", "multi")
 OPTIONS = ("opa", "opb", "opc", "opd")
 KIND = "choice"
+PROMPT = "question"
 COLUMNS = ("id", "question", *OPTIONS, "cop", "choice_type")  # and "exp", where explanations are learned
 EXPLANATION = "exp"
 METRICS = ("acc", "answer_norm", "letter", "loss")
+MANY = 20  # rows among which some have 0, where counting begins with it: by chance none has once in 300 times
 
 
 def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
     """Questions with a single answer; raises DataError for a row that is not a question with four options."""
     for number, row in numbered(rows):
         for column in ("id", "question", *OPTIONS):
-            if not isinstance(row[column], str) or not row[column].strip():
-                raise DataError(f"{where}, row {number}: column {column!r} is empty ({row[column]!r})")
+            check_text(row, column, f"{where}, row {number}")
+        if row["choice_type"] not in TYPES:
+            raise DataError(
+                f"{where}, row {number}: choice_type = {row['choice_type']!r}; expected 'single' or 'multi', of which "
+                "the first have one right option and are used"
+            )
     _check_right_options(rows, where)
     single = [row for row in rows if row["choice_type"] == "single"]
     if not single:
@@ -33,15 +42,31 @@ def _check_right_options(rows: Sequence[Mapping[str, Any]], where: str) -> None:
     """Refuse numbers outside 0 to 3; some copies of the data count from 1."""
     right = [(number, row["cop"]) for number, row in numbered(rows)]
     wrong = [(number, cop) for number, cop in right if type(cop) is not int or cop not in range(4)]
+    whole = {whole for _, cop in right if (whole := _whole(cop)) is not None}
     if not wrong:
+        if len(right) >= MANY and 0 not in whole:
+            print(
+                f"smf: warning: {where}: cop is 0 in none of {len(right):,} rows; where the file counts from 1, "
+                "subtract 1 from every cop",
+                file=sys.stderr,
+            )
         return
     number, cop = wrong[0]
     message = f"{where}, row {number}: cop = {cop!r}; expected the right option's number, 0 to 3"
-    if all(type(cop) is int and cop in range(1, 5) for _, cop in right):
+    if type(cop) is not int and _whole(cop) is not None:
+        message += ", as a whole number"
+    if 0 not in whole and 4 in whole:
         message += ". The file counts from 1 (no row has 0, some have 4): subtract 1 from every cop"
     elif cop == -1:
         message += ". -1 marks rows whose answer is not published, as in the test split: use another split"
     raise DataError(message)
+
+
+def _whole(cop: Any) -> int | None:
+    """The whole number that a text or a number stands for; None where it stands for none."""
+    if isinstance(cop, str) and cop.strip().isdecimal():
+        return int(cop)
+    return int(cop) if type(cop) in (int, float) and math.isfinite(cop) and cop == int(cop) else None
 
 
 def prompt(row: Mapping[str, Any]) -> str:

@@ -6,7 +6,9 @@ A row has `messages` (a list of {"role", "content"}), or `prompt` and `completio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -18,7 +20,15 @@ from ..fingerprint import json_hash
 KIND = "response"
 COLUMNS = ()  # `examples` finds them
 METRICS = ("loss", "perplexity")
+MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # with all the blanks and signs that Jinja allows
 Messages = list[dict[str, Any]]
+
+
+def select(rows: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
+    """All rows; raises DataError for one that says nothing, as far as that shows without a tokenizer."""
+    for number, row in numbered(rows):
+        _said(row, f"{where}, row {number}")
+    return list(rows)
 
 
 def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_length: int) -> list[Example]:
@@ -27,22 +37,42 @@ def examples(rows: Sequence[Mapping[str, Any]], where: str, tokenizer: Any, max_
     Raises:
         DataError: naming file, row and column.
     """
-    return [_example(row, f"{where}, row {number}", tokenizer, max_length) for number, row in numbered(rows)]
+    return [
+        replace(_example(row, f"{where}, row {number}", tokenizer, max_length), row=number, column=_column(row))
+        for number, row in numbered(rows)
+    ]
+
+
+def _column(row: Mapping[str, Any]) -> str:
+    """The column that makes a row long: a long prompt cuts the response away."""
+    return next(name for name in ("messages", "prompt", "text", "completion") if name in _given(row))
 
 
 def _example(row: Mapping[str, Any], where: str, tokenizer: Any, max_length: int) -> Example:
-    given = {key: row[key] for key in ("messages", "prompt", "completion", "text") if row.get(key) is not None}
+    said = _said(row, where)
+    given = _given(row)
     id = str(row["id"]) if row.get("id") is not None else json_hash(given)[:12]
+    if isinstance(said, list):
+        return _conversation(id, said, where, tokenizer, max_length)
+    return encode(tokenizer, id, *said, max_length, end=True)
+
+
+def _given(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("messages", "prompt", "completion", "text") if row.get(key) is not None}
+
+
+def _said(row: Mapping[str, Any], where: str) -> Messages | tuple[str, str]:
+    """The messages of a row, or its prompt and response."""
+    given = _given(row)
     if "messages" in given:
-        return _conversation(id, _messages(row, "messages", where), where, tokenizer, max_length)
+        return _with_an_answer(_messages(row, "messages", where), where)
     if "completion" in given:
         if isinstance(given["completion"], list) or isinstance(given.get("prompt"), list):
             both = [*_messages(row, "prompt", where), *_messages(row, "completion", where)]
-            return _conversation(id, both, where, tokenizer, max_length)
-        prompt, response = _text(row, "prompt", where, may_be_empty=True), _text(row, "completion", where)
-        return encode(tokenizer, id, prompt, response, max_length, end=True)
+            return _with_an_answer(both, where)
+        return _text(row, "prompt", where, may_be_empty=True), _text(row, "completion", where)
     if "text" in given:
-        return encode(tokenizer, id, "", _text(row, "text", where), max_length, end=True)
+        return "", _text(row, "text", where)
     raise DataError(
         f"{where}: no column 'messages', 'prompt' and 'completion', or 'text' holds anything; there are {list(row)}"
     )
@@ -68,6 +98,12 @@ def _messages(row: Mapping[str, Any], column: str, where: str) -> Messages:
     return [dict(message) for message in messages]
 
 
+def _with_an_answer(messages: Messages, where: str) -> Messages:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{where}: no message has the role 'assistant', so there is nothing to learn")
+    return messages
+
+
 # -- conversations ----------------------------------------------------------------------------------------------------
 
 
@@ -77,8 +113,6 @@ def _conversation(id: str, messages: Messages, where: str, tokenizer: Any, max_l
             f"{where}: these are messages, and the base's tokenizer has no chat template; give rows with 'prompt' and "
             "'completion', or a base that was trained to chat"
         )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: no message has the role 'assistant', so there is nothing to learn")
     try:
         ids, learned = _marked(messages, tokenizer) or _by_prefixes(messages, where, tokenizer)
     except TemplateError as error:
@@ -90,12 +124,12 @@ def _conversation(id: str, messages: Messages, where: str, tokenizer: Any, max_l
         raise DataError(f"{where}: the chat template leaves the assistant's messages out")
     start = learned.index(True)
     gaps = tuple(place for place in range(start, min(len(ids), max_length)) if not learned[place])
-    return Example(id, ids[:max_length], start, gaps)
+    return Example(id, ids[:max_length], start, gaps, cut=any(learned[max_length:]))
 
 
 def _marked(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]] | None:
     """Tokens, and which of them a template with {% generation %} markers says the assistant writes."""
-    if "{% generation" not in tokenizer.chat_template and "{%- generation" not in tokenizer.chat_template:
+    if not MARKER.search(tokenizer.chat_template):
         return None
     rendered = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     return list(rendered["input_ids"]), [bool(mark) for mark in rendered["assistant_masks"]]
