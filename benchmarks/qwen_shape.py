@@ -3,10 +3,11 @@
     python benchmarks/qwen_shape.py                                                         # a CPU, 1 x 128
     python benchmarks/qwen_shape.py --device cuda --dtype bfloat16 --batch 16 --length 512 --warm-up 10 --steps 40
 
-Both were run (benchmarks/results/qwen_shape_cpu.json, qwen_shape_cuda.json). The weights are random (`--base` takes a folder's or the
-hub's), the tokens are real text, read again from its start where it ends; memory, learning rates (constant here),
-clipping and optimizers are those of `medmcqa.toml`. With `--dtype bfloat16` the methods are what they are in runs of a
-recipe with that `dtype`: base and full finetuning in bfloat16, the memory's table and LoRA's matrices in float32.
+Both were run (benchmarks/results/qwen_shape_cpu.json, qwen_shape_cuda.json). The weights are random (`--base` takes a
+folder's or the hub's), the tokens are real text, read again from its start where it ends; memory, learning rates
+(constant here), clipping and optimizers are those of `medmcqa.toml`. With `--dtype bfloat16` the methods are what they
+are in runs of a recipe with that `dtype`: base and full finetuning in bfloat16, the memory's table and LoRA's matrices
+in float32.
 
 Each side runs in a process of its own, so that its peak memory is its own; the sides take turns, and each turn gives a
 ratio to LoRA and to full finetuning. The first steps of a turn are not timed. Seconds on a GPU are those of CUDA

@@ -140,7 +140,7 @@ def test_a_budget_of_tokens_that_the_base_cannot_read_is_refused(world: Path):
 
 def test_of_the_backgrounds_documents_as_much_is_read_as_the_base_reads(world: Path, capsys):
     write_lines(world.parent / "data" / "long.jsonl", [{"text": " ".join(WORDS[:90] * 2)}])
-    settings = ("background.max_length=512", 'background.source={path="long.jsonl"}')
+    settings = ("background.max_length=512", 'background.source={path="long.jsonl", part=""}')
     plan = plan_of(world, *settings)
     assert plan.problems == [] and "[background] max_length = 512, but the base reads 128" in capsys.readouterr().err
     assert [tokens for table, *_, tokens, _ in plan.sets if table == "background.source"] == ["128, at most 128 each"]

@@ -66,7 +66,9 @@ def _whole(cop: Any) -> int | None:
     """The whole number that a text or a number stands for; None where it stands for none."""
     if isinstance(cop, str) and cop.strip().isdecimal():
         return int(cop)
-    return int(cop) if type(cop) in (int, float) and math.isfinite(cop) and cop == int(cop) else None
+    if isinstance(cop, bool) or not isinstance(cop, (int, float)) or not math.isfinite(cop):
+        return None
+    return int(cop) if cop == int(cop) else None
 
 
 def prompt(row: Mapping[str, Any]) -> str:
