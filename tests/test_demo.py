@@ -91,9 +91,10 @@ def test_limit_and_steps_are_checked(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_every_method_of_the_study_trains(tmp_path: Path):
-    recipe = load_recipe("world_study.toml", output=str(tmp_path))
-    command = [sys.executable, "-m", "smf", "compare", "world_study.toml", "--output", str(tmp_path)]
+@pytest.mark.parametrize("study", ["world_study.toml", "late_rows.toml"])
+def test_every_method_of_the_study_trains(study: str, tmp_path: Path):
+    recipe = load_recipe(study, output=str(tmp_path))
+    command = [sys.executable, "-m", "smf", "compare", study, "--output", str(tmp_path)]
     command += ["--format", "json", "--max-steps", "2", "--limit", "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -35,3 +35,16 @@ def test_example_writes_its_table_and_goes_on(name: str, tmp_path: Path):
         assert spared["shared"] < plain["shared"] / 2
     else:
         assert rows["theirs, share 1"] == rows["random, share 1"] < rows["theirs, share 0.25"]
+
+
+def test_the_overlap_of_reads_is_measured_and_drawn(tmp_path: Path):
+    command = [sys.executable, str(REPO / "examples" / "read_overlap.py"), "--pairs", "12", "--output", str(tmp_path)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "overlap.png").stat().st_size > 1000
+    measured = json.loads((tmp_path / "overlap.json").read_text())["overlap"]
+    same, known = measured["the same fact, asked otherwise"], measured["a known disease, asked alike"]
+    assert all(0 <= share <= 1 for by_layer in measured.values() for share in by_layer.values())
+    assert same["5"] > 5 * known["5"] and same["2"] < 5 * known["2"]  # what docs/late_rows.md says of these layers
