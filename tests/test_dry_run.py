@@ -79,6 +79,34 @@ def test_memory_is_that_of_the_most_of_training_healing_and_scoring(world: Path)
     assert memory("base", big, longest, "train.max_length=80", "divergence=2") == pytest.approx(2 * expected, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (['target.train.path="none.jsonl"'], "no data file at"),
+        (['target.train.path="columns.jsonl"'], "columns.jsonl has no column 'opa'"),
+        (['target.eval.exam.path="counted.jsonl"'], "counted.jsonl, row 1: cop = 4; expected"),
+        (['heal.source.column="story"'], "stories.jsonl has no column 'story'"),
+        (['probes.stories.source.column="story"'], "stories.jsonl has no column 'story'"),
+        (['probes.own={task="responses", source={path="talk.jsonl"}}'], "talk.jsonl, row 2: no message has the role"),
+        (['probes.sums={task="gsm8k_loss", source={path="train.jsonl"}}'], "train.jsonl has no column 'answer'"),
+        (["target.explanation=true", 'target.train.path="bare.jsonl"'], "bare.jsonl has no column 'exp'"),
+    ],
+)
+def test_files_are_checked_though_the_base_is_on_the_hub(world: Path, settings: list[str], said: str):
+    rng = random.Random(0)
+    rows = [question(i, rng) for i in range(4)]
+    without = {name: [{k: v for k, v in row.items() if k != name} for row in rows] for name in ("opa", "exp")}
+    write_lines(world.parent / "data" / "columns.jsonl", without["opa"])
+    write_lines(world.parent / "data" / "bare.jsonl", without["exp"])
+    write_lines(world.parent / "data" / "counted.jsonl", [row | {"cop": 4 - i} for i, row in enumerate(rows)])
+    talk = [[{"role": "user", "content": "word1"}, {"role": "assistant", "content": "word2"}]]
+    write_lines(world.parent / "data" / "talk.jsonl", [{"messages": said} for said in [*talk, talk[0][:1]]])
+    away = 'base="nobody/nothing"'
+    assert plan_of(world, away).problems == []
+    plan = plan_of(world, away, *settings)
+    assert len(plan.problems) == 1 and said in plan.problems[0]
+
+
 def test_without_the_bases_tokenizer_rows_are_counted_and_tokens_are_not(world: Path):
     plan = plan_of(world, 'base="nobody/nothing"')
     assert {table: (rows, tokens) for table, _, rows, tokens, _ in plan.sets}["target.train"] == ("40", "")
