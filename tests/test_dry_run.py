@@ -77,6 +77,17 @@ def test_memory_is_that_of_the_most_of_training_healing_and_scoring(world: Path)
         expected, rel=0.01
     )
     assert memory("base", big, longest, "train.max_length=80", "divergence=2") == pytest.approx(2 * expected, rel=0.01)
+    settings = ["train.micro_batch_size=4000000", "train.batch_size=4000000"]
+    rows_alone = memory("smf-healed", *settings, "methods.smf-healed.heal=false")
+    assert memory("smf-healed", *settings) > rows_alone > memory("base", *settings) == 0
+    table = "methods.smf-healed.memory={layers=[2], n_keys=2048, heads=2, knn=2, k_dim=8, init='paper'}"
+    rows = ["methods.smf-healed.rows_per_step=100", "train.micro_batch_size=1", "train.batch_size=1"]
+    plain = memory("smf-healed", table, "methods.smf-healed.heal=false", *rows)
+    assert plain == pytest.approx(2048**2 * 32 * 4 / 2**30, abs=0.1)  # the table: few rows of it train
+    healed = memory("smf-healed", table, *rows, "train.micro_batch_size=99999", "train.batch_size=99999")
+    assert healed > 4 * plain  # its moments and old rows, all of them
+    (tokens,) = [tokens for table, _, _, tokens, _ in plan_of(world).sets if table == "background.source"]
+    assert tokens.endswith("each")
 
 
 @pytest.mark.parametrize(

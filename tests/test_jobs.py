@@ -77,7 +77,6 @@ def test_where_forking_is_not_safe_each_job_imports_for_itself(
     assert "smf: error: no" in capfd.readouterr().err
 
 
-@pytest.mark.slow  # to be looked at: it did not end on a busy machine since workers were split from jobs
 def test_an_interrupt_ends_all_jobs(tmp_path: Path):
     code = f"""
 import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
