@@ -33,6 +33,7 @@ from .stopping import end_on_sigterm
 # CUDA, which a fork must not have touched: there each job imports for itself.
 FORKS = sys.platform == "linux" and not torch.cuda.is_available()
 PATIENCE = 1.0  # seconds between two looks at jobs that other processes do
+GRACE = 1.0  # seconds in which jobs that were interrupted end by themselves
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,16 @@ class Processes:
         return {process: process.exitcode for process in found}
 
     def stop(self, handles: Sequence[Any]) -> None:
-        """By SIGTERM."""
+        """By SIGTERM, a moment after they may have ended by themselves.
+
+        Ctrl-C reaches them too. Of two signals at once the second wakes another thread of theirs, which may take both:
+        nothing would then end what the main thread waits in.
+        """
+        deadline = time.monotonic() + GRACE
         for process in handles:
-            process.terminate()
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in handles:
+            process.terminate()  # nothing, where it has ended
         for process in handles:
             process.join()
 
