@@ -450,17 +450,21 @@ def main() -> None:
         "setup": {"tokens": given.tokens, "reads a token": READS, "chosen rows": CHOSEN, "sets of ids": SETS},
         "copy GB/s": copy_gbs,
     }
+    failed = []
     for part in given.parts:
         started = time.perf_counter()
         try:
             found[part] = PARTS[part](given, copy_gbs)
-        except Exception:
+        except Exception:  # what a GPU was rented for is not lost: the other parts go on
+            failed.append(part)
             found[part] = {"failed": traceback.format_exc()}
             print(found[part]["failed"])
         torch.cuda.empty_cache()
         print(f"{part}: {time.perf_counter() - started:.0f} s\n", flush=True)
         output.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written to {output}")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
