@@ -109,7 +109,8 @@ def test_a_base_that_guesses_at_a_task_of_the_harness_is_doubted(folder: str):
     records = [record | {"score": number % 2} for number, record in enumerate(records * 40)]
     for role, share, doubted in (("probe", 0.5, True), ("probe", 1.0, False), ("target", 0.5, False)):
         own = [record | {"score": 1} if share == 1 else record for record in records]
-        found = doubts({"hellaswag": {"role": role, "metrics": {"score": share}, "records": own}})
+        score = {"role": role, "task": "lm_eval:picks:acc_norm", "metrics": {"score": share}, "records": own}
+        found = doubts({"hellaswag": score})
         assert (
             found
             == [f"the base answers the probe 'hellaswag' by chance (score {share:.2f}): it has nothing to lose there"]
