@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import smf
 from conftest import batch, logits, tiny_base, tiny_config, train
 from smf.decoder import find_decoder
+from smf.memory import memory_layers
 
 TOKENS = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 COMMON = TOKENS | {
@@ -285,10 +287,23 @@ def test_a_base_that_cannot_be_served_is_refused_by_name(case: str):
     check_refused(make(), tiny_config(), smf.UnsupportedModelError, message)
 
 
-@pytest.mark.parametrize("layers", [[1, 4], [-1], [0, 99]])
-def test_a_layer_out_of_range_is_refused(layers: list[int]):
-    message = rf"layer index {min(layers) if min(layers) < 0 else max(layers)} is out of range.*4 decoder layers"
+@pytest.mark.parametrize(("layers", "wrong"), [([1, 4], 4), ([-5], -5), ([0, 99], 99), ([-9, 3], -9)])
+def test_a_layer_out_of_range_is_refused(layers: list[int], wrong: int):
+    message = rf"layer index {wrong} is out of range.*4 decoder layers \(0 to 3; from the end, -1 to -4\)"
     check_refused(tiny_base(), tiny_config(layers=layers), smf.UnsupportedModelError, message)
+
+
+def test_negative_layers_count_from_the_end_and_are_saved_as_what_they_are(tmp_path: Path):
+    models = {}
+    for layers in ([-1, 0], [0, 3]):
+        models[str(layers)] = get_peft_model(tiny_base(), tiny_config(layers=layers))
+    negative, positive = models.values()
+    assert list(memory_layers(negative)) == list(memory_layers(positive)) == [0, 3]
+    state = positive.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in negative.state_dict().items())
+    negative.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["layers"] == [0, 3]
+    check_refused(tiny_base(), tiny_config(layers=[3, -1]), smf.UnsupportedModelError, r"\[-1, 3\] name one .* twice")
 
 
 @pytest.mark.parametrize("name", ["Bloom", "GptOss"])

@@ -16,7 +16,7 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from .config import TRAINED, SparseMemoryConfig
-from .decoder import default_layers, find_decoder, refuse_base
+from .decoder import find_decoder, refuse_base
 from .errors import ConfigError, SmfError, UnsupportedModelError
 from .fingerprint import base_hash
 from .frozen import FrozenBelow
@@ -145,8 +145,8 @@ class SparseMemoryModel(BaseTuner):
             raise ConfigError(f"adapter {adapter_name!r} has memory at layers {taken} already; choose another name")
         fresh = config.base_hash is None
         if config.layers is None:
-            config.layers = default_layers(len(decoder.blocks))
-            print(f"smf: memory at decoder layers {config.layers} of {len(decoder.blocks)} (layers=None)")
+            print(f"smf: memory at decoder layers {decoder.chosen(None)} of {len(decoder.blocks)} (layers=None)")
+        config.layers = decoder.chosen(config.layers)
         names = decoder.mlp_names(config.layers, replace=config.mode == "replacement")
         found = base_hash(model)
         if not fresh and found is not None and found != config.base_hash:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import SparseMemoryConfig
-from .decoder import default_layers, find_decoder
+from .decoder import find_decoder
 from .errors import ConfigError
 from .files import read_tensors, write_tensors
 from .shape import seeded
@@ -82,7 +82,7 @@ def add_dense(model: nn.Module, config: SparseMemoryConfig) -> nn.Module:
     decoder = find_decoder(model)
     like = next(model.parameters())
     dtype = torch.promote_types(like.dtype, torch.float32)
-    layers = config.layers or default_layers(len(decoder.blocks))
+    layers = decoder.chosen(config.layers)
     for layer, name in zip(layers, decoder.mlp_names(layers, replace=False), strict=True):
         addon = GatedMLP(decoder.width, equal_width(config, decoder.width), dtype, seeded("addon", config.seed, layer))
         parent, _, child = name.rpartition(".")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import methods, world
-from .decoder import default_layers, find_decoder, positions_of
+from .decoder import find_decoder, positions_of
 from .errors import ConfigError, refusing
 from .recipe import Recipe
 from .selection import find_rule
@@ -37,8 +37,7 @@ def check_models(recipe: Recipe) -> None:
             if method.kind in methods.BESIDE_THE_MLP:
                 find_rule(method.rule)
                 memory = methods.memory_config(recipe, method)
-                layers = memory.layers or default_layers(len(decoder.blocks))
-                decoder.mlp_names(layers, replace=memory.mode == "replacement")
+                decoder.mlp_names(decoder.chosen(memory.layers), replace=memory.mode == "replacement")
         except ConfigError as error:
             raise ConfigError(f"[methods.{name}]: {error}") from error
 

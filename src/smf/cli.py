@@ -263,6 +263,7 @@ def tune(
     methods: tuple[str, ...] = (),
     points: int = 5,
     factor: float = 2.0,
+    match: tuple[str, ...] = (),
     ray: Ray = None,
     overrides: Options = Overrides(),
 ) -> None:
@@ -272,6 +273,8 @@ def tune(
         methods: names of [methods.NAME] tables; none: all.
         points: of each grid, whose middle is the recipe's rate; a best point at an end extends the grid.
         factor: between neighbouring rates.
+        match: names of methods, "lora full" for example: every other method takes the lowest rate at which it learns as
+            much as the best of these, since it forgets least there; none: all take the rate that learns most.
     """
     from .files import write_atomically, write_json
     from .tune import tune as run_all
@@ -279,7 +282,7 @@ def tune(
 
     loaded = overrides.load(recipe)
     output = Path(loaded.output)
-    tuned = with_earlier(loaded, run_all(loaded, methods, points, factor, ray), output / "tune.json")
+    tuned = with_earlier(loaded, run_all(loaded, methods, points, factor, ray, match), output / "tune.json")
     table = tuning_table(tuned)
     write_json(output / "tune.json", tuned)
     write_atomically(output / "tune.md", table)

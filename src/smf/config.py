@@ -42,7 +42,8 @@ class SparseMemoryConfig(PeftConfig):
     """Which memory layers to attach, and how they start.
 
     Args:
-        layers: decoder layers that get a memory; None: at one quarter, the middle and three quarters of the depth.
+        layers: decoder layers that get a memory, the first is 0, the last -1; None: at one quarter, the middle and
+            three quarters of the depth.
         n_keys: sub-keys of each half; the table has `n_keys ** 2` rows.
         heads: query heads.
         knn: rows that each head reads for a token.
@@ -119,7 +120,7 @@ class SparseMemoryConfig(PeftConfig):
 def _checked_layers(layers: Sequence[int]) -> list[int]:
     listed = isinstance(layers, Sequence) and not isinstance(layers, str)
     if not listed or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
-        raise ConfigError(f"layers must be a list of decoder layer indices like [10, 12, 14]; got {layers!r}")
+        raise ConfigError(f"layers must be a list of decoder layer indices like [10, 12, 14] or [-1]; got {layers!r}")
     if len(layers) > MOST_LAYERS:
         raise ConfigError(f"layers names {len(layers):,} layers; expected {MOST_LAYERS:,} at most")
     if not layers or len(set(layers)) != len(layers):

@@ -36,19 +36,33 @@ class DecoderLayers:
         """The decoder layer that a module within it belongs to."""
         return int(module_name.removeprefix(f"{self.name}.").split(".")[0])
 
+    def chosen(self, layers: Sequence[int] | None) -> list[int]:
+        """Indices of decoder layers, ascending, of which negative ones count from the end; None: `default_layers`.
+
+        Raises:
+            UnsupportedModelError: for a layer that there is not, or one that is named twice.
+        """
+        depth = len(self.blocks)
+        if layers is None:
+            return default_layers(depth)
+        for layer in layers:
+            if not -depth <= layer < depth:
+                raise UnsupportedModelError(
+                    f"layer index {layer} is out of range: the model has {depth} decoder layers (0 to {depth - 1}; "
+                    f"from the end, -1 to {-depth})"
+                )
+        found = sorted({layer % depth for layer in layers})
+        if len(found) < len(layers):
+            raise UnsupportedModelError(f"layers = {list(layers)} name one of the model's {depth} decoder layers twice")
+        return found
+
     def mlp_names(self, layers: Sequence[int], *, replace: bool) -> list[str]:
         """Full names of the MLPs of some layers, each checked to be one that a memory can stand beside.
 
         Args:
-            layers: decoder layer indices.
+            layers: as `chosen` returns them.
             replace: whether the memory stands in its place, so that its output must be one tensor of its input's shape.
         """
-        for layer in layers:
-            if not 0 <= layer < len(self.blocks):
-                raise UnsupportedModelError(
-                    f"layer index {layer} is out of range: the model has {len(self.blocks)} decoder layers "
-                    f"(0 to {len(self.blocks) - 1})"
-                )
         return [f"{self.name}.{layer}.{self._mlp(layer, replace=replace)}" for layer in layers]
 
     def _mlp(self, layer: int, *, replace: bool) -> str:

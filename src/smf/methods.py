@@ -94,7 +94,7 @@ def _peft(config: Any, model: Any, method: Method, recipe: Recipe, options: dict
 def _linear(model: nn.Module, layers: list[int]) -> list[str]:
     """Names of the linear layers within some decoder layers."""
     decoder = find_decoder(model)
-    decoder.mlp_names(layers, replace=False)  # refuses layers that there are not
+    layers = decoder.chosen(layers)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in names if name.startswith(f"{decoder.name}.") and decoder.index(name) in layers]
 

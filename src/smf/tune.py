@@ -22,7 +22,12 @@ UNTUNED = ("base", "attached", "healed")  # kinds without a learning rate of the
 
 
 def tune(
-    recipe: Recipe, only: Sequence[str] = (), points: int = 5, factor: float = 2.0, ray: str | None = None
+    recipe: Recipe,
+    only: Sequence[str] = (),
+    points: int = 5,
+    factor: float = 2.0,
+    ray: str | None = None,
+    match: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train every method at several learning rates and choose the best by the validation set's first target metric.
 
@@ -32,24 +37,34 @@ def tune(
     rates in the recipe, all grids have one size. The runs are those of `compare`, in the same folder: they are kept, a
     killed tuning goes on, and comparing the tuned recipe does none of them again.
 
+    The rate that learns most is seldom the one that keeps most. With `match`, the methods that it names are tuned as
+    above; every other one takes the lowest rate at which it learns as much as the best of these, since what a method
+    forgets grows with its rate. One that never learns as much takes its best.
+
     Args:
         recipe: its methods' learning rates are the middles of the grids.
         only: names of methods as `compare.named` takes them; none: all.
         points: of each grid, an odd number.
         factor: between neighbouring rates.
         ray: a cluster to run on, as `smf.ray_jobs.on_ray` takes it; None: this machine.
+        match: names of methods whose best score the others need to reach, and no more; none: each takes its best.
 
     Returns:
-        `{"comparison", "metric", "points", "factor", "base", "methods": {name: entry}}`. "base" is the base's score,
-        None where the recipe has no base; an entry is `{"best", "interior", "grid": [{"lr", "score", ...}]}`.
+        `{"comparison", "metric", "points", "factor", "match", "base", "methods": {name: entry}}`. "base" is the base's
+        score, None where the recipe has no base; an entry is `{"best", "interior", "grid": [{"lr", "score", ...}]}`,
+        and of a method that reached the others' score "reached", that score.
     """
     if recipe.target.validation is None:
         raise ConfigError("the recipe has no [target.validation] table, by which learning rates could be chosen")
     if points < 3 or points % 2 == 0 or not factor > 1:
         raise ConfigError(f"points = {points}, factor = {factor}; expected an odd number from 3 and a factor above 1")
-    only = named(only, recipe.methods)
+    only, match = named(only, recipe.methods), named(match, recipe.methods)
     untuned = [(recipe, name) for name, method in recipe.methods.items() if method.kind in UNTUNED]
-    names = [name for name, m in recipe.methods.items() if m.kind not in UNTUNED and (not only or name in only)]
+    for name in match:
+        if recipe.methods[name].kind in UNTUNED:
+            raise ConfigError(f"{name!r} has no learning rate to tune, so nothing can be matched with its best")
+    wanted = {*(only or recipe.methods), *match}
+    names = [name for name, method in recipe.methods.items() if name in wanted and method.kind not in UNTUNED]
     exponents = {name: list(range(-(points // 2), points // 2 + 1)) for name in names}
     known = _known_rates(recipe)
     tried: set[Path] = set()  # a run that failed is not done again for every point that a grid grows by
@@ -59,10 +74,13 @@ def tune(
         run_missing(recipe, [run for run in runs if result_path(*run) not in tried], ray)  # says which failed
         tried |= {result_path(*run) for run in runs}
         tuned = {name: _grid(recipe, name, rates[name]) for name in names}
+        if match:
+            tuned = _matched(tuned, match, recipe.target.metrics[0])
         growing = [name for name in names if not tuned[name]["interior"] and len(exponents[name]) < 2 * points]
         if not growing:
             head = {"comparison": recipe.comparison_id(), "metric": recipe.target.metrics[0]}
-            return head | {"points": points, "factor": factor, "base": _base_score(recipe), "methods": tuned}
+            grids = {"points": points, "factor": factor, "match": list(match)}
+            return head | grids | {"base": _base_score(recipe), "methods": tuned}
         for name in growing:
             grid, low = exponents[name], tuned[name]["best"] == rates[name][0]
             exponents[name] = [grid[0] - 1, *grid] if low else [*grid, grid[-1] + 1]
@@ -83,11 +101,13 @@ def tuned_recipe(recipe: Recipe, tuned: dict[str, Any]) -> Recipe:
 def tuned_toml(recipe: Recipe, tuned: dict[str, Any], output: Path) -> str:
     """The tuned recipe as a file, whose first lines say how to go on and which rates nobody chose."""
     untuned = [n for n, m in recipe.methods.items() if n not in tuned["methods"] and m.kind not in UNTUNED]
+    match = tuned.get("match")
     lines = [
         f"# smf compare {output / 'tuned.toml'} --seeds 5",
         "",
         f"# Learning rates: the best of grids of {tuned['points']}, by the validation set's {tuned['metric']}; tune.md "
         "has every point.",
+        *([f"# Of the methods beside {', '.join(match)}: the lowest that learn as much as these."] if match else []),
         *([f"# Not tuned, at the recipe's own rates: {', '.join(untuned)}."] if untuned else []),
     ]
     return "\n".join(lines) + "\n\n" + to_toml(tuned_recipe(recipe, tuned))
@@ -99,9 +119,9 @@ def with_earlier(recipe: Recipe, tuned: dict[str, Any], file: Path) -> dict[str,
     What differs is not kept, and said: a method that has other options now than when it was tuned was another one.
     """
     before = _read_tuned(file)
-    grids = ("comparison", "metric", "points", "factor")
-    if before is not None and any(before.get(key) != tuned[key] for key in grids):
-        print(f"smf: {file} is of another comparison, metric or size of grids; it is replaced", file=sys.stderr)
+    grids = ("comparison", "metric", "points", "factor", "match")
+    if before is not None and any(({"match": []} | before).get(key) != tuned[key] for key in grids):
+        print(f"smf: {file} is of another comparison, metric, match or size of grids; it is replaced", file=sys.stderr)
         before = None
     entries = {} if before is None else before["methods"]
     kept: dict[str, Any] = {}
@@ -169,6 +189,25 @@ def _grid(recipe: Recipe, name: str, rates: Sequence[float]) -> dict[str, Any]:
     return {"best": rates[chosen], "interior": 0 < chosen < len(grid) - 1, "grid": grid}
 
 
+def _matched(tuned: dict[str, Any], match: Collection[str], metric: str) -> dict[str, Any]:
+    """The lowest rate that reaches the best score of `match`, for the other methods that have one.
+
+    Such a grid is interior where a lower rate of it falls short.
+    """
+
+    def score(point: dict[str, Any]) -> float:
+        return -math.inf if point["score"] is None else signed(point["score"], metric)
+
+    goal = max((point for name in match for point in tuned[name]["grid"]), key=score)
+    found = dict(tuned)
+    for name, entry in tuned.items():
+        reaching = [place for place, point in enumerate(entry["grid"]) if score(point) >= score(goal)]
+        if name not in match and reaching:
+            best = entry["grid"][reaching[0]]["lr"]
+            found[name] = entry | {"best": best, "interior": reaching[0] > 0, "reached": goal["score"]}
+    return found
+
+
 def _base_score(recipe: Recipe) -> float | None:
     """The base's validation score; None where the recipe has no base, or its run did not finish."""
     for name, method in recipe.methods.items():
@@ -197,6 +236,7 @@ def tuning_table(tuned: dict[str, Any]) -> str:
         cells = [f"{p['lr']:g}: " + ("failed" if p["score"] is None else f"{p['score']:.3f}") for p in entry["grid"]]
         shown = [f"**{c}**" if p["lr"] == entry["best"] else c for c, p in zip(cells, entry["grid"], strict=True)]
         note = "" if entry["interior"] else " (best point at the end of its grid)"
+        note += f" (the lowest that reaches {entry['reached']:.3f})" if "reached" in entry else ""
         scores = [signed(point["score"], metric) for point in entry["grid"] if point["score"] is not None]
         if before is not None and max(scores) <= signed(before, metric):
             note += " (no better than the base)"
