@@ -252,7 +252,8 @@ def _trained(recipe: Recipe, method: Method, config: Any) -> Trained | None:
     shape.check_room(len(memories))
     numbers = 0 if method.kind == "attached" else model.get_nb_trainable_parameters()[0]
     t = "all" if method.rule == "all" else f"{method.rows_per_step:,}"
-    rows = f"{t} of {shape.n_rows:,} rows, {len(memories)} layer{"s" * (len(memories) > 1)}" if method.kind == "smf" else ""
+    layers = f"{len(memories)} layer{'s' * (len(memories) > 1)}"
+    rows = f"{t} of {shape.n_rows:,} rows, {layers}" if method.kind == "smf" else ""
     return Trained(numbers, rows)
 
 
