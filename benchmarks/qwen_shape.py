@@ -5,7 +5,8 @@
 
 Both were run (benchmarks/results/qwen_shape_cpu.json, qwen_shape_cuda.json). The weights are random (`--base` takes a
 folder's or the hub's), the tokens are real text, read again from its start where it ends; memory, learning rates
-(constant here), clipping and optimizers are those of `medmcqa.toml`. With `--dtype bfloat16` the methods are what they
+(constant here), clipping and optimizers are those of `medmcqa.toml`: "smf" has its memories around the middle,
+"late-rows", which came after those files, at the last layer. With `--dtype bfloat16` the methods are what they
 are in runs of a recipe with that `dtype`: base and full finetuning in bfloat16, the memory's table and LoRA's matrices
 in float32.
 
@@ -47,7 +48,7 @@ from smf.recipe_file import load_recipe
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
-SIDES = ("smf", "lora", "full")  # methods of medmcqa.toml; the others are compared with the last
+SIDES = ("smf", "late-rows", "lora", "full")  # methods of medmcqa.toml; the others are compared with the last
 QWEN = {  # the configuration of Qwen2.5-0.5B
     "vocab_size": 151936,
     "hidden_size": 896,
@@ -98,7 +99,7 @@ class Turn:
     parameters: int
     trained: int
     attach: float
-    background: float  # reading all documents; of smf alone
+    background: float  # reading all documents; of the memories alone
     steps: list[float]
     processor: list[float]  # seconds of the processor for each of the steps, which other processes hardly touch
     loaded: int  # memory with the base alone
@@ -165,7 +166,7 @@ def prepare(side: str, setup: Setup, base: Any, documents: list[dict[str, torch.
     """The side's model and optimizer, and the seconds of attaching and of reading the background."""
     recipe = setup.recipe()
     method = recipe.methods[side]
-    if side != "smf":
+    if method.kind != "smf":
         nothing = Loaded(None, [], {}, [], [], [])
         seconds, prepared = seconds_of(
             lambda: methods.find_method(method.kind)(base, method, recipe, nothing), setup.device
@@ -173,8 +174,15 @@ def prepare(side: str, setup: Setup, base: Any, documents: list[dict[str, torch.
         return prepared, seconds, 0.0
     attach, model = seconds_of(lambda: methods.attach(base, method, recipe), setup.device)
     reading, background = seconds_of(lambda: smf.read_background(model, documents), setup.device)
-    choice = {"rows_per_step": method.rows_per_step, "rule": method.rule, "reads": method.reads}
-    optimizer = smf.SparseMemoryOptimizer(model, background, lr=method.lr, **choice)
+    optimizer = smf.SparseMemoryOptimizer(
+        model,
+        background,
+        lr=method.lr,
+        betas=(method.betas[0], method.betas[1]),
+        rows_per_step=method.rows_per_step,
+        rule=method.rule,
+        reads=method.reads,
+    )
     return methods.Prepared(model, optimizer, 0.0, model.get_nb_trainable_parameters()[0], dict), attach, reading
 
 

@@ -80,19 +80,19 @@ def test_the_benchmark_of_the_shape_measures_every_side_on_equal_steps(
     output = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", ["qwen_shape.py", "--tiny", *sizes, *files, "--output", str(output)])
     alone = benchmark.measure_alone  # one side in a process of its own; for three of them a fast test has no time
-    here = {"full": alone, "smf": benchmark.measure, "lora": benchmark.measure}
+    here = {"full": alone} | dict.fromkeys(("smf", "late-rows", "lora"), benchmark.measure)
     monkeypatch.setattr(benchmark, "measure_alone", lambda side, setup: here[side](side, setup))
     benchmark.main()
     report = json.loads(output.read_text())
     turns = {side: turn for side, (turn,) in report["turns"].items()}
-    assert list(turns) == ["smf", "lora", "full"] and report["setup"]["length"] == 16
+    assert list(turns) == ["smf", "late-rows", "lora", "full"] and report["setup"]["length"] == 16
     assert len({turn["first_loss"] for turn in turns.values()}) == 1  # nothing has trained yet
-    assert len({turn["last_loss"] for turn in turns.values()}) == 3
+    assert len({turn["last_loss"] for turn in turns.values()}) == 4
     for side, turn in turns.items():
         assert len(turn["steps"]) == 2 and min(turn["steps"]) > 0
         assert turn["peak"] > 0 and turn["loaded"] > 0
         assert report["results"][side]["tokens a second"]["median"] > 0
-        assert (turn["background"] > 0) == (side == "smf")
+        assert (turn["background"] > 0) == (side in ("smf", "late-rows"))
     assert turns["full"]["trained"] == turns["full"]["parameters"] > turns["lora"]["trained"]
     assert report["results"]["full"]["times full's seconds"]["median"] == 1
 
