@@ -184,6 +184,20 @@ def test_a_rate_at_its_grids_end_is_marked(best, interior):
     assert "of 3 that were tried" in note
 
 
+@pytest.mark.parametrize(
+    ("goal", "rate", "interior"), [(0.35, 0.1, False), (0.45, 0.2, True), (0.65, 0.8, True), (0.95, 0.8, True)]
+)
+def test_matched_methods_stand_at_the_lowest_rate_that_learns_as_much(goal: float, rate: float, interior: bool):
+    """The rates 0.1 to 1.6 reach .4, .5, .6, .7 and .6 of the validation questions."""
+    runs = [*tuned("smf", rates=5, best=3), curve("lora", [0.3, goal], [0.9, 0.8], lr=0.1, kind="lora")]
+    summary = study(*runs, match=["lora"])
+    chosen = {row.method: (row.lr, sure) for row, sure in zip(summary.rows, summary.interior, strict=True)}
+    assert chosen == {"smf": (pytest.approx(rate), interior), "lora": (0.1, None)}
+    assert "beside lora, the lowest that learns as much as the best of these" in caption(summary)
+    assert [row.lr for row in study(*runs, match=["absent"]).rows] == [row.lr for row in study(*runs).rows]
+    assert study(*runs).rows[0].lr == pytest.approx(0.8) and "beside" not in caption(study(*runs))
+
+
 def test_one_rate_is_no_choice_but_grids_of_other_sizes_are_said():
     assert study(*tuned("lora", "lora", rates=1, best=0)).interior == [None]
     assert "lr" not in table_of(study(result("lora")), "")[0]

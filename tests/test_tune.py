@@ -174,7 +174,8 @@ def test_matched_methods_take_the_lowest_rate_that_learns_as_much(
     recipe = replace(recipe, target=replace(recipe.target, metrics=[metric]))
     for name in ("lora", "full", "smf"):
         recipe = at_rate(recipe, name, 1e-2)
-    found = tune(recipe, ["smf"], match=["lora", "full"])
+    recipe = replace(recipe, match=["lora", "full"])
+    found = tune(recipe, ["smf"])
     assert list(found["methods"]) == ["smf", "lora", "full"]  # those that it is matched with are tuned too
     lora, full, own = (found["methods"][name] for name in ("lora", "full", "smf"))
     assert lora["best"] == full["best"] == 1e-2 and "reached" not in lora
@@ -186,7 +187,12 @@ def test_matched_methods_take_the_lowest_rate_that_learns_as_much(
     assert lowest < own["best"] and (steps or 0) < len(own["grid"]) <= 10
     tuned = tuned_recipe(recipe, found)
     assert tuned.methods["smf"].lr == own["best"]
-    assert "# Of the methods beside lora, full: the lowest that learn as much" in tuned_toml(recipe, found, tmp_path)
+    tuned_file = tmp_path / "tuned.toml"
+    tuned_file.write_text(tuned_toml(recipe, found, tmp_path))
+    assert "# Of the methods beside lora, full: the lowest that learn as much" in tuned_file.read_text()
+    again = load_recipe(tuned_file)  # with which smf compare shows the chosen rates
+    assert again.match == ["lora", "full"] and again.run_id("smf") == tuned.run_id("smf")
+    assert replace(again, match=[]).run_id("smf") == again.run_id("smf")  # finished runs are kept, matched or not
 
 
 def test_tuning_without_validation_rows_is_refused(world: Path):
@@ -199,9 +205,9 @@ def test_tuning_without_validation_rows_is_refused(world: Path):
     with pytest.raises(ConfigError, match=r"no method 'smff'; there are"):
         tune(recipe, ["smff"])
     with pytest.raises(ConfigError, match=r"no method 'lore'; there are"):
-        tune(recipe, match=["lore"])
+        tune(replace(recipe, match=["lore"]))
     with pytest.raises(ConfigError, match="'base' has no learning rate"):
-        tune(recipe, match=["base"])
+        tune(replace(recipe, match=["base"]))
 
 
 def test_tune_command_resumes_and_its_runs_are_those_of_compare(tmp_path: Path):

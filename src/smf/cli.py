@@ -191,13 +191,13 @@ def _publish(
     from .table import markdown, print_tables
 
     recipe, output = found.recipe, Path(found.recipe.output)
-    summary = summarise(found.results, recipe.target.metrics, against, gains, found.failed)
+    summary = summarise(found.results, recipe.target.metrics, against, gains, found.failed, recipe.match)
     write_atomically(output / "table.md", markdown(summary))
     write_json(output / "summary.json", as_json(summary))
     write_report(summary, output / "report.html", title, _notes(recipe, summary), found.skipped)
     if shown:
-        some = _of_methods(found, shown)
-        summary = summarise(some.results, recipe.target.metrics, against, gains, some.failed)
+        some = _of_methods(found, [*shown, *recipe.match])
+        summary = summarise(some.results, recipe.target.metrics, against, gains, some.failed, recipe.match)
     if format == "table":
         print_tables(summary, title)
     else:
@@ -226,6 +226,7 @@ def report(
     methods: tuple[str, ...] = (),
     against: str | None = None,
     gain: tuple[float, ...] = (),
+    match: tuple[str, ...] = (),
     format: Formatted = "table",
 ) -> None:
     """Make tables and report.html anew from the folders of runs; nothing is trained.
@@ -238,6 +239,8 @@ def report(
         methods: names of methods, beside which the base and that of --against are always shown; none: all.
         against: the method that the others are compared with; none: the first LoRA, or full finetuning.
         gain: of the target, at which to read off what each method forgets; none: that of the method compared with.
+        match: names of methods, "lora full" for example: every other one is shown at the lowest rate at which it learns
+            as much as the best of these; none: those of the recipe.
     """
     from .compare import named
 
@@ -245,8 +248,10 @@ def report(
         raise ConfigError("give the folder of some runs, such as: smf report runs/demo")
     found = _read(runs)
     names = {result["method"] for result in found.results}
-    found = _of_methods(found, named(_with_reference(methods, against), names))
-    found = replace(found, recipe=replace(found.recipe, output=str(output or runs[0])))
+    match = tuple(named(match, names) if match else found.recipe.match)
+    wanted = named(_with_reference(methods, against), names)
+    found = _of_methods(found, [*wanted, *match] if wanted else [])
+    found = replace(found, recipe=replace(found.recipe, output=str(output or runs[0]), match=list(match)))
     _publish(found, f"{', '.join(path.name for path in runs)} on {found.recipe.base}", format, against, gain)
 
 
@@ -274,15 +279,16 @@ def tune(
         points: of each grid, whose middle is the recipe's rate; a best point at an end extends the grid.
         factor: between neighbouring rates.
         match: names of methods, "lora full" for example: every other method takes the lowest rate at which it learns as
-            much as the best of these, since it forgets least there; none: all take the rate that learns most.
+            much as the best of these, since it forgets least there; none: the recipe's.
     """
     from .files import write_atomically, write_json
     from .tune import tune as run_all
     from .tune import tuned_toml, tuning_table, with_earlier
 
     loaded = overrides.load(recipe)
+    loaded = replace(loaded, match=list(match)) if match else loaded
     output = Path(loaded.output)
-    tuned = with_earlier(loaded, run_all(loaded, methods, points, factor, ray, match), output / "tune.json")
+    tuned = with_earlier(loaded, run_all(loaded, methods, points, factor, ray), output / "tune.json")
     table = tuning_table(tuned)
     write_json(output / "tune.json", tuned)
     write_atomically(output / "tune.md", table)

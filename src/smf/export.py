@@ -97,6 +97,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
             "points": [_point_json(point) for point in summary.points],
             "matched": [vars(m) | {"measure": m.measure.name, "unit": m.measure.unit} for m in summary.matched],
             "failed": list(summary.failed),
+            "match": list(summary.match),
             "reference": summary.reference and summary.reference.method,
             "comparisons": [
                 vars(c) | {"lr": row.lr, "measure": c.measure.name, "unit": c.measure.unit}

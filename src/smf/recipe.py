@@ -236,6 +236,9 @@ class Recipe:
     """Folder of the runs."""
     seed: int = 0
     """Of data order and all initial values."""
+    match: list[str] = field(default_factory=list)
+    """Methods that learn as much as they can; every other one stands at its lowest learning rate that learns as much as
+    the best of these. None: all at the rates that learn most."""
     jobs: int = 1
     """Methods that run at a time, with an equal share of the processor's cores each."""
     eval_batch_size: int = 16
@@ -282,7 +285,7 @@ class Recipe:
 
     def _shared(self) -> dict[str, Any]:
         keys = dataclasses.asdict(self)
-        for key in ("methods", "seed", "about", "output", "jobs"):
+        for key in ("methods", "seed", "about", "output", "jobs", "match"):
             keys.pop(key)
         keys["target"].pop("metrics")  # which of the scores are shown
         if "world" in (self.base, self.data):

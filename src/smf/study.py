@@ -163,21 +163,42 @@ def by_method(points: Sequence[Point]) -> dict[str, list[Point]]:
     return own
 
 
-def chosen(points: Sequence[Point], metric: str) -> list[Point]:
+def chosen(points: Sequence[Point], metric: str, match: Sequence[str] = ()) -> list[Point]:
     """One point of each method: that with the best validation score, at seeds that all of its points have.
 
     Of equal ones, the smallest learning rate and the earliest moment. A method without a validation set is not chosen
     from: the ends of all its variants are returned.
+
+    Args:
+        points: of all methods.
+        metric: of the validation set.
+        match: names of methods; of every other one that learns as much as the best of these at some learning rate, its
+            best moment at the lowest such rate is chosen.
     """
+    best = [point for point in chosen(points, metric) if point.method in match] if match else []
+    goal = max((validation_of(point, metric) for point in best if validated(point)), default=math.inf)
     rows = []
     for own in by_method(points).values():
-        if any(VALIDATION not in run["scores"] for point in own for run in point.runs):
+        if not all(map(validated, own)):
             rows += [point for point in own if point.share == 1]
             continue
         seeds = common_seeds(own)
         known = at_seeds(own, seeds)
-        rows.append(min(known, key=lambda p: (-signed(p.mean(VALIDATION, metric, seeds), metric), p.lr, p.share)))
+        reaching = [] if own[0].method in match else [p for p in known if validation_of(p, metric, seeds) >= goal]
+        lowest = min((point.lr for point in reaching), default=None)
+        known = known if lowest is None else [point for point in known if point.lr == lowest]
+        rows.append(min(known, key=lambda p: (-validation_of(p, metric, seeds), p.lr, p.share)))
     return rows
+
+
+def validated(point: Point) -> bool:
+    """Whether all of its runs were scored on the validation set."""
+    return all(VALIDATION in run["scores"] for run in point.runs)
+
+
+def validation_of(point: Point, metric: str, seeds: Sequence[int] | None = None) -> float:
+    """The score that points are chosen by, the larger, the better."""
+    return signed(point.mean(VALIDATION, metric, seeds), metric)
 
 
 def common_seeds(points: Sequence[Point]) -> tuple[int, ...]:

@@ -68,6 +68,7 @@ class Summary:
         reference: the method that the others are compared with, and the comparisons.
         rates: number of learning rates that the method of each row was tried at.
         failed: runs whose training failed: method, options, seed and reason of each.
+        match: methods whose best point the others are chosen to learn as much as.
     """
 
     base: Point | None
@@ -83,6 +84,7 @@ class Summary:
     comparisons: list[Comparison] = field(default_factory=list)
     rates: list[int] = field(default_factory=list)
     failed: Sequence[dict[str, Any]] = ()
+    match: Sequence[str] = ()
 
     def compared(self) -> list[tuple[Point, list[Comparison]]]:
         """The comparisons of each row that has some, one for each measure."""
@@ -100,6 +102,7 @@ def summarise(
     reference: str | None = None,
     gains: Sequence[float] = (),
     failed: Sequence[dict[str, Any]] = (),
+    match: Sequence[str] = (),
 ) -> Summary:
     """Choose, compare and read off.
 
@@ -110,6 +113,8 @@ def summarise(
         gains: at which to read off forgetting, in the unit of the first target's metric; none: those that the
             reference and full finetuning have.
         failed: runs whose training failed, as `read_runs` finds them.
+        match: names of methods; each of the others stands at the lowest learning rate that learns as much as the best
+            of these.
 
     Raises:
         DataError: where results were not scored on the same sets.
@@ -121,16 +126,19 @@ def summarise(
     points = points_of(results)
     base = next((point for point in points if point.runs[0]["kind"] == "base"), None)
     points = [point for point in points if point.runs[0]["kind"] != "base"]
-    rows = chosen(points, target_metrics[0])
+    match = [name for name in match if any(point.method == name for point in points)]
+    rows = chosen(points, target_metrics[0], match)
     columns = columns_of(results[0]["scores"], target_metrics)
     own = by_method(points)
     if reference is not None and reference not in own:
         raise ConfigError(f"there is no method {reference!r} to compare with; there are {list(own)}")
     tried = [_tried(own[row.method], failed) for row in rows]
     rates = [len(each) for each in tried]
-    interior = [_interior(row, each) for row, each in zip(rows, tried, strict=True)]
+    best = chosen(points, target_metrics[0])
+    lowest = [row.method not in match and row not in best for row in rows]  # points compare by identity
+    interior = [_interior(*each) for each in zip(rows, tried, lowest, strict=True)]
     if base is None:
-        return Summary(base, rows, points, columns, interior=interior, rates=rates, failed=failed)
+        return Summary(base, rows, points, columns, interior=interior, rates=rates, failed=failed, match=match)
     wanted = measures(base.runs[0], target_metrics)
     with_which = _reference(rows, reference)
     overall = [measure for measure in wanted if len(measure.parts) > 1]
@@ -154,6 +162,7 @@ def summarise(
         comparisons=[] if with_which is None else against(rows, with_which, base, wanted),
         rates=rates,
         failed=failed,
+        match=match,
     )
 
 
@@ -204,8 +213,11 @@ def _tried(own: Sequence[Point], failed: Sequence[dict[str, Any]]) -> list[float
     return sorted({point.lr for point in own} | {run["options"]["lr"] for run in failed if run["method"] == name})
 
 
-def _interior(point: Point, rates: Sequence[float]) -> bool | None:
-    return None if len(rates) < 2 or VALIDATION not in point.runs[0]["scores"] else rates[0] < point.lr < rates[-1]
+def _interior(point: Point, rates: Sequence[float], lowest: bool) -> bool | None:
+    """Whether rates on both sides were tried; of the lowest that learns enough, whether a lower one was."""
+    if len(rates) < 2 or VALIDATION not in point.runs[0]["scores"]:
+        return None
+    return rates[0] < point.lr and (lowest or point.lr < rates[-1])
 
 
 def _flips(point: Point, base: Point) -> dict[str, tuple[float, float]]:

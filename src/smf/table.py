@@ -212,7 +212,10 @@ def caption(summary: Summary) -> str:
         parts.append("KL: divergence from the base in nats per token")
     if any(interior is not None for interior in summary.interior):
         tried = sorted({count for count, row in zip(summary.rates, summary.rows, strict=True) if row.lr})
-        parts.append(f"lr: the best by validation score of {' or '.join(map(str, tried))} that were tried")
+        of = f"of {' or '.join(map(str, tried))} that were tried"
+        best = f"lr: the best by validation score {of}"
+        like = f"; beside {', '.join(summary.match)}, the lowest that learns as much as the best of these"
+        parts.append(best + like * bool(summary.match))
     points = [point for point in (summary.base, *summary.rows) if point is not None]
     at_a_time = methods_at_a_time([run for point in points for run in point.runs])
     if at_a_time != "1":

@@ -27,7 +27,6 @@ def tune(
     points: int = 5,
     factor: float = 2.0,
     ray: str | None = None,
-    match: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train every method at several learning rates and choose the best by the validation set's first target metric.
 
@@ -37,9 +36,9 @@ def tune(
     rates in the recipe, all grids have one size. The runs are those of `compare`, in the same folder: they are kept, a
     killed tuning goes on, and comparing the tuned recipe does none of them again.
 
-    The rate that learns most is seldom the one that keeps most. With `match`, the methods that it names are tuned as
-    above; every other one takes the lowest rate at which it learns as much as the best of these, since what a method
-    forgets grows with its rate. One that never learns as much takes its best.
+    The rate that learns most is seldom the one that keeps most. Where the recipe names methods to `match`, these are
+    tuned as above; every other one takes the lowest rate at which it learns as much as the best of these, since what a
+    method forgets grows with its rate. One that never learns as much takes its best.
 
     Args:
         recipe: its methods' learning rates are the middles of the grids.
@@ -47,7 +46,6 @@ def tune(
         points: of each grid, an odd number.
         factor: between neighbouring rates.
         ray: a cluster to run on, as `smf.ray_jobs.on_ray` takes it; None: this machine.
-        match: names of methods whose best score the others need to reach, and no more; none: each takes its best.
 
     Returns:
         `{"comparison", "metric", "points", "factor", "match", "base", "methods": {name: entry}}`. "base" is the base's
@@ -58,7 +56,7 @@ def tune(
         raise ConfigError("the recipe has no [target.validation] table, by which learning rates could be chosen")
     if points < 3 or points % 2 == 0 or not factor > 1:
         raise ConfigError(f"points = {points}, factor = {factor}; expected an odd number from 3 and a factor above 1")
-    only, match = named(only, recipe.methods), named(match, recipe.methods)
+    only, match = named(only, recipe.methods), named(recipe.match, recipe.methods)
     untuned = [(recipe, name) for name, method in recipe.methods.items() if method.kind in UNTUNED]
     for name in match:
         if recipe.methods[name].kind in UNTUNED:
@@ -79,7 +77,7 @@ def tune(
         growing = [name for name in names if not tuned[name]["interior"] and len(exponents[name]) < 2 * points]
         if not growing:
             head = {"comparison": recipe.comparison_id(), "metric": recipe.target.metrics[0]}
-            grids = {"points": points, "factor": factor, "match": list(match)}
+            grids = {"points": points, "factor": factor, "match": match}
             return head | grids | {"base": _base_score(recipe), "methods": tuned}
         for name in growing:
             grid, low = exponents[name], tuned[name]["best"] == rates[name][0]
