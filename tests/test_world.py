@@ -1,4 +1,4 @@
-"""The embedded world: what it promises about facts, splits, text and the shipped base."""
+"""The embedded world: what it promises about facts, splits, text and the shipped base; others promise the same."""
 
 import os
 import re
@@ -18,26 +18,33 @@ from smf.errors import DataError
 from smf.recipe import Source
 from smf.recipe_file import load_recipe
 from smf.sources import load_rows
-from smf.world.facts import general, new_diseases
+from smf.world.facts import EMBEDDED, World, general, new_diseases
 from smf.world.phrasings import KINDS
+from smf.world.sets import rows_of_set
 from smf.world.text import pretraining_text, question, statement
 from smf.world.tokenizer import make_tokenizer, vocabulary
 from smf.world.train_base import LENGTH, config, packed_rows
 
 EXAM_SETS = [name for name in world.SETS if name.startswith("exam")] + ["near_domain"]
+FORMS = ("seen", "heldout")
 TEXT_SETS = ["general_text", "background", "healing"]
 LOG = (Path(__file__).parents[1] / "docs" / "log.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(world.BASE)
+@pytest.fixture(scope="module", params=[EMBEDDED, World(seed=1, times=3)], ids=["embedded", "another"])
+def which(request: pytest.FixtureRequest) -> World:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def pretraining() -> list[str]:
-    """A part of what the base was trained on."""
-    return list(islice(pretraining_text(0), 20_000))
+def tokenizer(which: World):
+    return AutoTokenizer.from_pretrained(world.BASE) if which == EMBEDDED else make_tokenizer(which)
+
+
+@pytest.fixture(scope="module")
+def pretraining(which: World) -> list[str]:
+    """A part of what a base of the world is trained on."""
+    return list(islice(pretraining_text(0, which), 20_000))
 
 
 def test_the_world_is_the_frozen_one():
@@ -87,13 +94,13 @@ def test_every_attribute_has_phrasings_that_differ():
             assert len(set(attribute.values)) == len(attribute.values) >= 12
 
 
-def test_names_are_unique():
-    names = [entity.name for entity in (*general(), *new_diseases())]
+def test_names_are_unique(which: World):
+    names = [entity.name for entity in (*general(which), *new_diseases(which))]
     assert len(set(names)) == len(names)
 
 
-def test_no_value_is_frequent_enough_to_guess():
-    for entities in (general(), new_diseases()):
+def test_no_value_is_frequent_enough_to_guess(which: World):
+    for entities in (general(which), new_diseases(which)):
         values: dict[tuple[str, str], Counter[str]] = {}
         for entity in entities:
             for name, value in entity.values.items():
@@ -101,17 +108,17 @@ def test_no_value_is_frequent_enough_to_guess():
         assert all(max(counts.values()) / sum(counts.values()) < 0.30 for counts in values.values())
 
 
-def test_names_of_new_diseases_are_made_of_words_that_the_base_knows():
-    known = {word for entity in general() if entity.kind == "disease" for word in entity.name.split()}
-    assert {word for entity in new_diseases() for word in entity.name.split()} <= known
+def test_names_of_new_diseases_are_made_of_words_that_the_base_knows(which: World):
+    known = {word for entity in general(which) if entity.kind == "disease" for word in entity.name.split()}
+    assert {word for entity in new_diseases(which) for word in entity.name.split()} <= known
 
 
 # -- sets -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EXAM_SETS)
-def test_choices_are_values_of_the_asked_attribute(name: str):
-    rows = world.rows(name)
+def test_choices_are_values_of_the_asked_attribute(name: str, which: World):
+    rows = rows_of_set(name, which)
     for row in rows:
         attribute = KINDS["disease"][row["id"].removeprefix("document.").split(".")[1]]
         choices = [choice.strip() for choice in row["choices"]]
@@ -121,48 +128,49 @@ def test_choices_are_values_of_the_asked_attribute(name: str):
     assert max(positions.values()) / len(rows) < 0.32  # guessing one position gains nothing
 
 
-def test_held_out_phrasing_is_never_trained():
-    trained = {row["prompt"] for row in world.rows("exam_training")}
+def test_held_out_phrasing_is_never_trained(which: World):
+    trained = {row["prompt"] for row in rows_of_set("exam_training", which)}
     for part in ("validation", "test"):
-        assert not trained & {row["prompt"] for row in world.rows(f"exam_heldout_{part}")}
-        assert {row["prompt"] for row in world.rows(f"exam_seen_{part}")} <= trained
-    held_out = {question(entity, name, 2) for entity in new_diseases() for name in entity.values}
-    texts = [row["prompt"] + row["explanation"] for row in world.rows("exam_training")]
-    texts += [row["text"] for name in TEXT_SETS for row in world.rows(name)]
+        assert not trained & {row["prompt"] for row in rows_of_set(f"exam_heldout_{part}", which)}
+        assert {row["prompt"] for row in rows_of_set(f"exam_seen_{part}", which)} <= trained
+    held_out = {question(entity, name, 2) for entity in new_diseases(which)[:: which.times] for name in entity.values}
+    texts = [row["prompt"] + row["explanation"] for row in rows_of_set("exam_training", which)]
+    texts += [row["text"] for name in TEXT_SETS for row in rows_of_set(name, which)]
     assert not [text for text in texts if any(asked in text for asked in held_out)]
 
 
-def test_validation_and_test_share_no_disease():
+def test_validation_and_test_share_no_disease(which: World):
     parts = {
-        part: {row["id"].split(".")[0] for form in ("seen", "heldout") for row in world.rows(f"exam_{form}_{part}")}
+        part: {row["id"].split(".")[0] for form in FORMS for row in rows_of_set(f"exam_{form}_{part}", which)}
         for part in ("validation", "test")
     }
     assert not parts["validation"] & parts["test"]
-    assert len(parts["validation"]) / len(new_diseases()) == pytest.approx(0.2, abs=0.04)
-    assert len(parts["validation"]) + len(parts["test"]) == len(new_diseases())
+    assert len(parts["validation"]) / len(new_diseases(which)) == pytest.approx(0.2, abs=0.04)
+    assert len(parts["validation"]) + len(parts["test"]) == len(new_diseases(which))
 
 
-def test_probes_are_large_enough(tokenizer):
-    assert len(world.rows("closed_book")) >= 3000 and len(world.rows("near_domain")) >= 3000
-    texts = [row["text"] for row in world.rows("general_text")]
+def test_probes_are_large_enough(tokenizer, which: World):
+    assert len(rows_of_set("closed_book", which)) >= 3000 and len(rows_of_set("near_domain", which)) >= 3000
+    texts = [row["text"] for row in rows_of_set("general_text", which)]
     assert sum(map(len, tokenizer(texts)["input_ids"])) >= 100_000
 
 
-def test_background_and_healing_share_nothing_with_what_is_scored(pretraining: list[str]):
-    texts = {name: {row["text"] for row in world.rows(name)} for name in TEXT_SETS}
+def test_background_and_healing_share_nothing_with_what_is_scored(pretraining: list[str], which: World):
+    texts = {name: {row["text"] for row in rows_of_set(name, which)} for name in TEXT_SETS}
     assert not texts["background"] & texts["healing"]
     assert not texts["general_text"] & (texts["background"] | texts["healing"])
     assert not any(part & set(pretraining) for part in texts.values())
     scored = ("exam_heldout_test", "exam_heldout_validation", "exam_seen_test", "near_domain", "closed_book")
-    questions = {row["prompt"].split("uestion: ")[1].split("\n")[0] for name in scored for row in world.rows(name)}
+    rows = [row for name in scored for row in rows_of_set(name, which)]
+    questions = {row["prompt"].split("uestion: ")[1].split("\n")[0] for row in rows}
     told = "\n".join(text for name in TEXT_SETS for text in texts[name])
-    assert not [text for text in questions if text in told]
+    assert not [text for text in sorted(questions)[:: which.times] if text in told]
     # nor do they state a fact that is asked about, or told of, in what is scored
     stated = {f"{s}." for text in texts["background"] | texts["healing"] for s in re.split(r"\. |\.$", text)}
-    scored_ids = {row["id"].split(".")[0] for name in scored for row in world.rows(name)}
-    asked = [entity for entity in (*general(), *new_diseases()) if entity.id in scored_ids]
+    scored_ids = {row["id"].split(".")[0] for row in rows}
+    asked = [entity for entity in (*general(which), *new_diseases(which)) if entity.id in scored_ids]
     facts = {statement(entity, name, k) for entity in asked for name in entity.values for k in range(4)}
-    assert len(asked) == 176 + 180 + 180 and not stated & facts
+    assert len(asked) == which.times * (176 + 180 + 180) and not stated & facts
     told_of = {f"{s}." for text in texts["general_text"] for s in re.split(r"\. |\.$", text)}
     assert len(told_of & facts) > 1000 and len(stated) > 5000
 
@@ -170,14 +178,14 @@ def test_background_and_healing_share_nothing_with_what_is_scored(pretraining: l
 # -- what the base has read -------------------------------------------------------------------------------------------
 
 
-def test_the_base_has_never_read_of_a_new_disease(pretraining: list[str]):
-    told = "\n".join(pretraining) + "\n".join(row["text"] for name in TEXT_SETS for row in world.rows(name))
-    assert not [entity.name for entity in new_diseases() if entity.name in told]
+def test_the_base_has_never_read_of_a_new_disease(pretraining: list[str], which: World):
+    told = "\n".join(pretraining) + "\n".join(row["text"] for name in TEXT_SETS for row in rows_of_set(name, which))
+    assert not [entity.name for entity in new_diseases(which) if entity.name in told]
 
 
-def test_the_base_has_never_been_asked_the_closed_book_questions(pretraining: list[str]):
+def test_the_base_has_never_been_asked_the_closed_book_questions(pretraining: list[str], which: World):
     asked = {text.split("uestion: ")[1].split("\n")[0] for text in pretraining if "uestion: " in text}
-    unasked = [entity for entity in general() if not entity.asked]
+    unasked = [entity for entity in general(which) if not entity.asked]
     assert not asked & {question(e, name, form) for e in unasked for name in e.values for form in range(3)}
     assert len(asked) > 2000
 
@@ -190,10 +198,10 @@ def test_pretraining_asks_general_diseases_in_all_forms(pretraining: list[str]):
             assert re.search(f"{before}[A-Z][a-z]+ [a-z]+{after}", exam), (name, text)
 
 
-def test_what_is_told_is_true(pretraining: list[str]):
-    entities = [entity for entity in general() if entity.kind != "work"]
+def test_what_is_told_is_true(pretraining: list[str], which: World):
+    entities = [entity for entity in general(which) if entity.kind != "work"]
     told = "\n".join(text for text in pretraining if "uestion" not in text)
-    for entity in entities[::20]:
+    for entity in entities[:: 20 * which.times]:
         for name, value in entity.values.items():
             for phrasing in range(4):
                 sentence = statement(entity, name, phrasing)
@@ -211,28 +219,28 @@ def test_articles_fit_their_nouns(pretraining: list[str]):
 # -- tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def test_tokenizer_of_the_base_is_the_one_the_code_makes(tokenizer):
-    made = make_tokenizer()
+def test_tokenizer_of_the_base_is_the_one_the_code_makes():
+    made, tokenizer = make_tokenizer(), AutoTokenizer.from_pretrained(world.BASE)
     assert made.get_vocab() == tokenizer.get_vocab()
     text = world.rows("background")[0]["text"]
     assert made(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
-def test_text_survives_the_tokenizer(tokenizer):
-    texts = [row["text"] for row in world.rows("general_text")]
-    texts += [row["prompt"] + row["choices"][0] for row in world.rows("near_domain")]
+def test_text_survives_the_tokenizer(tokenizer, which: World):
+    texts = [row["text"] for row in rows_of_set("general_text", which)]
+    texts += [row["prompt"] + row["choices"][0] for row in rows_of_set("near_domain", which)]
     for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
         assert tokenizer.decode(ids) == text
 
 
-def test_every_word_of_the_world_is_one_token_and_others_are_pieces(tokenizer):
-    assert [word for word in vocabulary() if len(tokenizer(f"x {word}")["input_ids"]) != 2] == []
+def test_every_word_of_the_world_is_one_token_and_others_are_pieces(tokenizer, which: World):
+    assert [word for word in vocabulary(which) if len(tokenizer(f"x {word}")["input_ids"]) != 2] == []
     odd = "Zebras (42%) don't phosphoresce!"
     assert tokenizer.decode(tokenizer(odd)["input_ids"]) == odd
 
 
-def test_choices_are_single_tokens(tokenizer):
-    for row in world.rows("near_domain")[:200]:
+def test_choices_are_single_tokens(tokenizer, which: World):
+    for row in rows_of_set("near_domain", which)[:200]:
         prompt = tokenizer(row["prompt"])["input_ids"]
         for choice in row["choices"]:
             whole = tokenizer(row["prompt"] + choice)["input_ids"]

@@ -6,7 +6,7 @@
     world.BASE                   # folder of the shipped base model, for from_pretrained
     world.fingerprint()          # sha256 of every set and of the base, all together world.HASH
 
-What there is and how it was made: docs/world.md.
+What there is and how it was made: docs/world.md. Other worlds are made by the same code: smf.world.write.
 """
 
 from __future__ import annotations

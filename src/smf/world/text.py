@@ -8,7 +8,7 @@ from typing import Any
 
 from ..fingerprint import part_of
 from . import words
-from .facts import Entity, general
+from .facts import EMBEDDED, Entity, World, general
 from .phrasings import KINDS
 from .words import Draw
 
@@ -92,9 +92,9 @@ def exam_prompt(entity: Entity, attribute: str, form: int) -> str:
     return f"Exam question: {question(entity, attribute, form)}\nAnswer:"
 
 
-def exam_row(entity: Entity, attribute: str, form: int) -> dict[str, Any]:
+def exam_row(entity: Entity, attribute: str, form: int, world: World = EMBEDDED) -> dict[str, Any]:
     """One question of the exam: prompt, four choices of which one is right, and an explanation."""
-    right, draw = entity.values[attribute], Draw("exam", entity.name, attribute, form)
+    right, draw = entity.values[attribute], world.draw("exam", entity.name, attribute, form)
     wrong = draw.shuffled([value for value in KINDS[entity.kind][attribute].values if value != right])[:3]
     choices = draw.shuffled([right, *wrong])
     return {
@@ -130,24 +130,24 @@ def _with_an(text: str) -> str:
     return re.sub(r"\b([Aa]) (?=[aeiou]|honest)", r"\1n ", text)
 
 
-def told_of(part: str) -> list[Entity]:
+def told_of(part: str, world: World = EMBEDDED) -> list[Entity]:
     """What the documents of a part tell of: pretraining of everything, background and healing of nothing scored.
 
     The probes ask about people, towns and works that pretraining never asked about, and about general diseases. So
     background and healing tell of the other people, towns and works, and the probe's text of what the probes ask.
     """
     if part == "pretraining":
-        return list(general())
+        return list(general(world))
     unscored = part in ("background", "healing")
-    return [entity for entity in general() if (entity.asked and entity.kind != "disease") == unscored]
+    return [entity for entity in general(world) if (entity.asked and entity.kind != "disease") == unscored]
 
 
-def general_text(part: str) -> Iterator[str]:
+def general_text(part: str, world: World = EMBEDDED) -> Iterator[str]:
     """Endless documents of one part: portraits and stories. No document is in two parts."""
-    entities = told_of(part)
+    entities = told_of(part, world)
     number = 0
     while True:
-        draw = Draw("general text", part, number)
+        draw = world.draw("general text", part, number)
         number += 1
         entity = draw.pick(entities)
         text = story(entity, draw) if draw.below(2) else portrait(entity, draw)
@@ -155,14 +155,14 @@ def general_text(part: str) -> Iterator[str]:
             yield text
 
 
-def pretraining_text(seed: int) -> Iterator[str]:
+def pretraining_text(seed: int, world: World = EMBEDDED) -> Iterator[str]:
     """Endless documents that the base is trained on: general text, and questions about what is asked.
 
     The general text is the same under every seed; which questions stand where in it is not.
     """
-    draw = Draw("pretraining", seed)
-    asked = [entity for entity in general() if entity.asked]
-    documents = general_text("pretraining")
+    draw = world.draw("pretraining", seed)
+    asked = [entity for entity in general(world) if entity.asked]
+    documents = general_text("pretraining", world)
     while True:
         if draw.below(10) < 6:
             yield next(documents)
@@ -170,7 +170,7 @@ def pretraining_text(seed: int) -> Iterator[str]:
         entity, form = draw.pick(asked), draw.below(3)
         attribute = draw.pick(list(entity.values))
         if entity.kind == "disease" and draw.below(4):
-            row = exam_row(entity, attribute, form)
+            row = exam_row(entity, attribute, form, world)
             explanation = statement(entity, attribute, draw.below(4))  # in any phrasing, not the row's own
             yield f"{row['prompt']}{row['choices'][row['answer']]}\nExplanation: {explanation}"
         else:

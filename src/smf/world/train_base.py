@@ -1,4 +1,4 @@
-"""Makes the shipped base model from nothing: `python -m smf.world.train_base --output FOLDER` (docs/world.md)."""
+"""Makes a world's base model from nothing: `python -m smf.world.train_base --output FOLDER` (docs/world.md)."""
 
 from __future__ import annotations
 
@@ -17,23 +17,33 @@ from ..errors import ConfigError
 from ..files import write_json
 from ..fingerprint import json_hash
 from ..loop import RunTrainer
+from .facts import EMBEDDED, World
 from .text import pretraining_text
 from .tokenizer import make_tokenizer
 
 LENGTH = 128  # tokens of a row
 BATCH = 32  # rows of a step
 STEPS = 4000  # 16.4 million tokens
+LAYERS, WIDTH = 6, 192  # of the shipped base
+HEAD = 32  # width of an attention head
 
 
-def config(tokenizer: Any) -> Qwen2Config:
-    """A Qwen2 of 3.2 million weights."""
+def config(tokenizer: Any, layers: int = LAYERS, width: int = WIDTH) -> Qwen2Config:
+    """A Qwen2; by default of 3.2 million weights.
+
+    Raises:
+        ConfigError: where `width` is not that of whole attention heads.
+    """
+    if layers < 1 or width < HEAD or width % HEAD:
+        raise ConfigError(f"{layers} layers of width {width}: needs a layer, and a width that is a multiple of {HEAD}")
+    heads = width // HEAD
     return Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=576,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2 if heads % 2 == 0 else 1,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -42,9 +52,9 @@ def config(tokenizer: Any) -> Qwen2Config:
     )
 
 
-def packed_rows(tokenizer: Any, rows: int, seed: int) -> Tensor:
+def packed_rows(tokenizer: Any, rows: int, seed: int, world: World = EMBEDDED) -> Tensor:
     """Rows `[rows, LENGTH]` of documents and end tokens; a row begins with a document, and cuts its last one."""
-    documents = pretraining_text(seed)
+    documents = pretraining_text(seed, world)
     packed = torch.empty(rows, LENGTH, dtype=torch.int16)
     filled = 0
     pending: list[int] = []
@@ -57,27 +67,43 @@ def packed_rows(tokenizer: Any, rows: int, seed: int) -> Tensor:
     return packed
 
 
-def train(output: Path, steps: int = STEPS, seed: int = 0, compile: bool = False) -> None:
-    """Train a base of the embedded world from nothing; a killed training goes on from its last checkpoint.
+def train(
+    output: Path,
+    steps: int = STEPS,
+    seed: int = 0,
+    compile: bool = False,
+    world_seed: int = EMBEDDED.seed,
+    times: int = EMBEDDED.times,
+    layers: int = LAYERS,
+    width: int = WIDTH,
+) -> None:
+    """Train a base from nothing, of the embedded world or another; a killed training goes on from its last checkpoint.
 
     Args:
         output: folder of the model, its tokenizer and the checkpoints.
         steps: of 32 x 128 tokens.
         seed: of the questions, of where they stand among the texts, and of the initial weights.
         compile: use torch.compile, which needs g++.
+        world_seed: of the world that it reads about.
+        times: how many times as many facts as the embedded world that world has.
+        layers: of the model.
+        width: of the model; its attention heads are 32 wide, and its MLPs three times as wide as itself.
 
     Raises:
-        ConfigError: where `output` holds a training with other options.
+        ConfigError: where `output` holds a training with other options, or there is no such world or model.
     """
     set_seed(seed)
-    tokenizer = make_tokenizer()
-    texts = list(islice(pretraining_text(seed), 1000))
-    options = {"steps": steps, "seed": seed, "vocabulary": json_hash(tokenizer.get_vocab()), "texts": json_hash(texts)}
+    world = World(world_seed, times)
+    tokenizer = make_tokenizer(world)
+    shape = config(tokenizer, layers, width)
+    options = {"steps": steps, "seed": seed, "world_seed": world_seed, "times": times, "layers": layers, "width": width}
+    options |= {"vocabulary": json_hash(tokenizer.get_vocab())}
+    options |= {"texts": json_hash(list(islice(pretraining_text(seed, world), 1000)))}
     begun = output / "training.json"
     if begun.is_file() and json.loads(begun.read_text()) != options:
         raise ConfigError(f"{output} holds a training with other options: {begun.read_text()}; give another --output")
     write_json(begun, options)
-    rows = packed_rows(tokenizer, steps * BATCH, seed)
+    rows = packed_rows(tokenizer, steps * BATCH, seed, world)
 
     def collate(picked: list[Tensor]) -> dict[str, Tensor]:
         ids = torch.stack(picked).long()
@@ -103,7 +129,7 @@ def train(output: Path, steps: int = STEPS, seed: int = 0, compile: bool = False
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    model = Qwen2ForCausalLM(config(tokenizer))
+    model = Qwen2ForCausalLM(shape)
     trainer = RunTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
     checkpoint = newest_complete(output / "checkpoints", tidy=True)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

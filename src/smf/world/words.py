@@ -53,7 +53,7 @@ def _names(kind: str, onsets: str, middles: str, endings: str, count: int) -> tu
 
 FIRST_NAMES = _names("first", "m t l k s b d n r v f h j p", "a e i o u", "ra lo mi na sto del vi ka", 48)
 LAST_NAMES = _names("last", "tol bran hesk mor val quin dar fen gar ist", "a o e i", "van mund wick ster bury nell", 48)
-TOWNS = _names("town", "os el ar tun gry hol mar pel sil wes", "tre ba lo ni ka du", "l n ford mouth stead gate", 96)
+TOWNS = _names("town", "os el ar tun gry hol mar pel sil wes", "tre ba lo ni ka du", "l n ford mouth stead gate", 360)
 RIVERS = _names("river", "ith yss aul ebr oon", "a e o", "r sk ll wn", 12)
 LANGUAGES = _names("language", "tar sev lon kip dru", "v m l z", "ic ese ish", 12)
 DISEASE_NAMES = _names("disease", "br kl gl sp tr sn dr fl", "a e i o u", "ll nk rb sp tch mf", 60)
