@@ -34,7 +34,7 @@ lint: $(STAMP)          ## style and types
 	$(BIN)/pyright
 
 bench: $(STAMP)         ## benchmarks, about an hour on two idle cores; results go to benchmarks/results/ (docs/speed.md)
-	for name in memory_growth row_step search background reading epochs demo; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in memory_growth row_step search background reading step_rules epochs demo; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/qwen_shape.py $(TRAIN_STEP)
 
 clean:                  ## remove the environment and builds
