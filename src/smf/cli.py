@@ -136,7 +136,7 @@ def _print_plan(recipe: Any) -> None:
     print_plain("What is read", ["table", "from", "rows", "tokens", "scored by"], plan.sets)
     header = ["method", "kind", "lr", "steps", "numbers that train", "GiB, roughly"]
     print_plain("What trains", header, plan.methods)
-    for title, lines in (("Not checked", plan.unchecked), ("Problems", plan.problems)):
+    for title, lines in (("Not checked", plan.unchecked), ("Warnings", plan.doubts), ("Problems", plan.problems)):
         if lines:
             print(f"{title}:", *lines, sep="\n  ")
     if plan.problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,7 +49,11 @@ class Overrides:
         recipe = load_recipe(path, self.set, **keys)
         if self.output is None and (self.max_steps or self.limit):
             recipe = replace(recipe, output=f"{recipe.output}-trial")  # whose report is not that of the real runs
+        warmup = recipe.train.warmup_steps
         recipe = recipe if self.max_steps is None else shortened(recipe, self.max_steps)
+        if recipe.train.warmup_steps < warmup:
+            fewer = f"{recipe.train.warmup_steps:,} in place of {warmup:,}"
+            print(f"smf: a trial of {recipe.train.steps:,} steps: its warm-up has {fewer}", file=sys.stderr)
         return recipe if self.limit is None else limited(recipe, self.limit)
 
 

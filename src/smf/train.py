@@ -30,7 +30,7 @@ from .evaluate import score
 from .faults import explained
 from .files import remove_parts, write_atomically, write_json
 from .locks import working_in
-from .loop import ScoreOnTheWay, fit, is_main, steps_of
+from .loop import ScoreOnTheWay, fit, is_main, steps_of, training_steps
 from .patch_file import load_patch
 from .prepare import load, load_scored
 from .recipe import Recipe
@@ -108,7 +108,7 @@ def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded
     """Train; returns steps, seconds, skipped steps and the scores before the end, without their questions."""
     options, method = recipe.train, recipe.methods[name]
     count = min(options.examples or len(loaded.train), len(loaded.train))
-    steps = steps_of(options.steps, options.epochs, count, options.batch_size)
+    steps = training_steps(options, len(loaded.train))
     shares = {round(share * steps): share for share in sorted(options.score_at) if 0 < round(share * steps) < steps}
     files = {step: folder / "scores" / f"step-{step}.json" for step in shares}
 
