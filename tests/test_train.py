@@ -110,6 +110,10 @@ def test_saved_patch_and_adapter_score_as_the_run_did(world: Path):
     assert rounded(base["scores"]) == rounded(run_method(recipe, "base")["scores"])
     assert rounded(patched["scores"]) == rounded(result["scores"]) != rounded(base["scores"])
     assert patched["rows_changed"] == result["rows_changed"]
+    for path in (folder, folder / "adapter"):  # whatever else smf.open_patch takes
+        opened = evaluate_saved(recipe, adapter=None, patch=str(path))[1]
+        assert opened["scores"] == patched["scores"] and opened["method"] == path.name
+        assert opened["rows_changed"] == result["rows_changed"]
     adapted = evaluate_saved(recipe, adapter=str(folder / "adapter"), patch=None)[1]
     assert rounded(adapted["scores"]) == rounded(result["scores"])
 

@@ -60,7 +60,7 @@ def evaluate(
 
     Args:
         adapter: folder of a saved PEFT adapter (of any method).
-        patch: file written by smf.save_patch.
+        patch: file written by smf.save_patch, a run's folder, or a saved adapter's.
     """
     from .summary import summarise
     from .table import print_tables
