@@ -16,7 +16,7 @@ from torch import nn
 
 import smf
 from conftest import batch, logits, tiny_base, tiny_model, train
-from smf.patch_cli import main
+from smf.patch_cli import _names, main
 from smf.row_report import row_report
 
 
@@ -77,6 +77,25 @@ def test_diff_counts_rows(patches: dict, tmp_path: Path, capsys: pytest.CaptureF
         line = next(line for line in shown.splitlines() if line.startswith(f"│ {layer} "))
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         assert cells[1:5] == [str(len(x)) for x in (found.only_first, found.only_second, found.equal, found.apart)]
+
+
+def test_patches_of_one_files_name_are_told_apart_by_their_runs(
+    patches: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    files = [tmp_path / "old" / name / "patch.smf" for name in "ab"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        shutil.copy(tmp_path / f"{file.parent.name}.smf", file)
+    one, other = map(str, files)
+    main(["diff", one, other])
+    shown = capsys.readouterr().out
+    assert "only a/patch.smf" in shown and "only b/patch.smf" in shown
+    main(["merge", one, other, "--output", str(tmp_path / "both.smf"), "--policy", "sum"])
+    assert "a/patch.smf, b/patch.smf" in capsys.readouterr().out
+    main(["inspect", one, "--beside", other])
+    assert "shared with b/patch.smf" in " ".join(capsys.readouterr().out.split())
+    assert _names([tmp_path / "x" / "a" / "p", tmp_path / "y" / "a" / "p"]) == ["x/a/p", "y/a/p"]
+    assert _names([tmp_path / "a", tmp_path / "a"]) == ["a", "a"] and _names([Path("a"), Path("b")]) == ["a", "b"]
 
 
 def test_inspect_shows_what_a_run_changed(patches: dict, tmp_path: Path, capsys: pytest.CaptureFixture):

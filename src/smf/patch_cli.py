@@ -51,7 +51,7 @@ def inspect(
     if format == "json":
         print(json.dumps(asdict(report), indent=2))
         return
-    _print_report(report, [path.name for path in beside])
+    _print_report(report, _names([patch, *beside])[1:])
 
 
 def _size(path: Path, patch: Patch) -> int:
@@ -202,7 +202,8 @@ def diff(one: Source, other: Source, /) -> None:
     from .table import print_plain
 
     found = open_patch(one).diff(open_patch(other))
-    header = ["layer", f"only {one.name}", f"only {other.name}", "both, equal", "both, apart", "mean distance"]
+    first, second = _names([one, other])
+    header = ["layer", f"only {first}", f"only {second}", "both, equal", "both, apart", "mean distance"]
     rows = []
     for layer, each in found.items():
         counts = [len(ids) for ids in (each.only_first, each.only_second, each.equal, each.apart)]
@@ -217,6 +218,16 @@ def _at_least_two(paths: Sequence[Path], read: Callable[[Path], Patch]) -> list[
     return [read(path) for path in paths]
 
 
+def _names(paths: Sequence[Path]) -> list[str]:
+    """What tables call these paths: as few of their last parts as tell them apart, such as law/patch.smf."""
+    parts = [path.absolute().parts for path in paths]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return [str(path) for path in paths]
+
+
 def _rows(patch: Patch) -> str:
     return f"{sum(map(len, patch.rows.values())):,} rows"
 
@@ -225,6 +236,7 @@ def _print_shared(patches: Sequence[Patch], paths: Sequence[Path]) -> None:
     """The rows that two of the patches both changed, with the lengths of their changes."""
     from .table import print_plain
 
+    names = _names(paths)
     header = ["patches", "layer", "rows of both", "mean change of the first", "of the second", "mean cosine"]
     rows = []
     for second in range(1, len(patches)):
@@ -232,7 +244,7 @@ def _print_shared(patches: Sequence[Patch], paths: Sequence[Path]) -> None:
             for layer, found in patches[first].overlap(patches[second]).items():
                 if len(found.ids_R):
                     sizes = [f"{float(size):.3g}" for size in found.sizes_2R.mean(1)]
-                    which = f"{paths[first].name}, {paths[second].name}"
+                    which = f"{names[first]}, {names[second]}"
                     rows.append(
                         [which, str(layer), f"{len(found.ids_R):,}", *sizes, f"{float(found.cosine_R.mean()):.2f}"]
                     )
