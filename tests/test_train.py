@@ -19,6 +19,7 @@ from smf.cli import main
 from smf.compare import result_path
 from smf.errors import ConfigError, DataError, PatchError, SmfError
 from smf.methods import attach
+from smf.options import Overrides
 from smf.prepare import check_output, load
 from smf.recipe_file import load_recipe
 from smf.summary import summarise
@@ -195,6 +196,7 @@ def test_compare_prints_tables_and_runs_only_what_is_missing(own_world: Path):
     for word in ("base", "smf", "exam loss", "exam %", "stories ppl", "rows changed", "peak MB"):
         assert word in first.stdout
     output = Path(f"{load_recipe(own_world).output}-trial")
+    assert "(trial: 2 steps)" in first.stdout and "(trial: 2 steps)" in (output / "report.html").read_text()
     table = (output / "table.md").read_text()
     scores = table.split("\n\n")[0]
     assert scores.count("\n| ") == 3 and "| smf |" in scores and "over examples only (one seed)" in table
@@ -231,6 +233,19 @@ def help_of(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *com
         main()
     assert ended.value.code == 0
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, ""),
+        ({"limit": 0}, ""),
+        ({"max_steps": 1}, " (trial: 1 step)"),
+        ({"max_steps": 20, "limit": 20}, " (trial: 20 steps, first 20 rows of each set)"),
+    ],
+)
+def test_a_trial_says_how_much_it_is_of(options: dict[str, int], said: str):
+    assert Overrides(**options).trial() == said
 
 
 def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):

@@ -45,7 +45,7 @@ def train(recipe: RecipePath, /, method: str, overrides: Options = Overrides()) 
     if "scores" in result:  # torchrun: the first rank's alone
         bases = [result_path(loaded, name) for name, m in loaded.methods.items() if m.kind == "base" and name != method]
         before = [read_result(path) for path in bases if path.is_file()]
-        title = f"{method} -> {result_path(loaded, method).parent}"
+        title = f"{method} -> {result_path(loaded, method).parent}{overrides.trial()}"
         print_tables(summarise([*before, result], loaded.target.metrics), title)
 
 
@@ -68,7 +68,7 @@ def evaluate(
 
     loaded = overrides.load(recipe)
     results = evaluate_saved(loaded, adapter=adapter, patch=patch)
-    print_tables(summarise(results, loaded.target.metrics), f"{recipe.stem} on {loaded.base}")
+    print_tables(summarise(results, loaded.target.metrics), f"{recipe.stem} on {loaded.base}{overrides.trial()}")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def compare(
         _print_plan(loaded)
         return
     methods = named(_with_reference(what.methods, what.against), loaded.methods)
-    title = f"{recipe.stem} on {loaded.base}"
+    title = f"{recipe.stem} on {loaded.base}{overrides.trial()}"
     try:
         run_all(loaded, methods, what.seeds, ray)
     except TrainingError:

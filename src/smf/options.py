@@ -56,6 +56,12 @@ class Overrides:
             print(f"smf: a trial of {recipe.train.steps:,} steps: its warm-up has {fewer}", file=sys.stderr)
         return recipe if self.limit is None else limited(recipe, self.limit)
 
+    def trial(self) -> str:
+        """What the title of a trial ends with; nothing where this is none."""
+        steps = f"{self.max_steps:,} step{'s' * (self.max_steps != 1)}" if self.max_steps else ""
+        rows = f"first {self.limit:,} rows of each set" if self.limit else ""
+        return f" (trial: {', '.join(filter(None, (steps, rows)))})" if steps or rows else ""
+
 
 Options = OmitArgPrefixes[Overrides]
 
