@@ -55,6 +55,22 @@ def test_apply_makes_an_adapter_and_revert_unmakes_it(patches: dict, tmp_path: P
     assert f"applied {rows} rows" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("source", ["", "--to a", "--from a"])
+def test_a_folder_that_holds_something_else_is_not_overwritten(
+    patches: dict, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Such as an adapter that was trained for days; the one that is changed may be written where it was."""
+    monkeypatch.chdir(tmp_path)
+    command = ["revert" if "from" in source else "apply", "c.smf" if "to" in source else "a.smf", *source.split()]
+    before = {path.name: path.read_bytes() for path in Path("b").iterdir()}
+    with pytest.raises(smf.PatchError, match="--output b holds files already"):
+        main([*command, "--output", "b"])
+    assert {path.name: path.read_bytes() for path in Path("b").iterdir()} == before
+    Path("empty").mkdir()
+    main([*command, "--output", "empty"])
+    main([*command, "--output", "a" if source else "new"])
+
+
 def test_merge_writes_a_patch_and_lists_rows_of_both(patches: dict, tmp_path: Path, capsys: pytest.CaptureFixture):
     both, files = str(tmp_path / "both.smf"), [str(tmp_path / "a.smf"), str(tmp_path / "b")]
     with pytest.raises(smf.PatchError, match="choose a policy for them"):

@@ -141,11 +141,12 @@ def apply(patch: Source, /, output: Path, to: Path | None = None) -> None:
     """Write the adapter that a patch makes, where PEFT and transformers find it; the base is not loaded.
 
     Args:
-        output: folder of the adapter.
+        output: folder of the adapter: a new or empty one, or that of --to.
         to: a saved adapter to apply it to; none: the reproducible start that the patch was trained from.
     """
     from .adapter_file import fresh_adapter, open_patch, put_into_adapter, read_adapter, write_adapter
 
+    _refuse_full(output, to)
     found = open_patch(patch)
     adapter = fresh_adapter(found) if to is None else read_adapter(to)
     put_into_adapter(found, adapter, "apply")
@@ -158,10 +159,11 @@ def revert(patch: Source, /, adapter: Annotated[Path, tyro.conf.arg(name="from")
 
     Args:
         adapter: folder of the adapter.
-        output: folder of the adapter without the patch; may be the same.
+        output: folder of the adapter without the patch: a new or empty one, or the same.
     """
     from .adapter_file import open_patch, put_into_adapter, read_adapter, write_adapter
 
+    _refuse_full(output, adapter)
     found, present = open_patch(patch), read_adapter(adapter)
     put_into_adapter(found, present, "revert")
     write_adapter(present, output)
@@ -210,6 +212,15 @@ def diff(one: Source, other: Source, /) -> None:
         distance = f"{float(each.distances.mean()):.3g}" if len(each.apart) else "-"
         rows.append([str(layer), *(f"{count:,}" for count in counts), distance])
     print_plain("Rows", header, rows)
+
+
+def _refuse_full(output: Path, source: Path | None) -> None:
+    """Refuse a folder that holds something already, perhaps another adapter, unless it is that which is changed."""
+    same = source is not None and source.exists() and output.exists() and output.samefile(source)
+    if output.is_dir() and any(output.iterdir()) and not same:
+        raise PatchError(
+            f"--output {output} holds files already, which might be overwritten; give a new or empty folder"
+        )
 
 
 def _at_least_two(paths: Sequence[Path], read: Callable[[Path], Patch]) -> list[Patch]:
