@@ -244,7 +244,7 @@ def help_of(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *com
         ({"max_steps": 20, "limit": 20}, " (trial: 20 steps, first 20 rows of each set)"),
     ],
 )
-def test_a_trial_says_how_much_it_is_of(options: dict[str, int], said: str):
+def test_a_trial_says_how_much_it_is_of(options: dict[str, Any], said: str):
     assert Overrides(**options).trial() == said
 
 

@@ -318,6 +318,7 @@ def doctor(
     runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="folders of runs, or of one run each")] = (),
     /,
     plan: Annotated[Path | None, tyro.conf.arg(metavar="RECIPE")] = None,
+    larger: bool = False,
     format: Annotated[Literal["table", "json"], tyro.conf.arg(help="what to print")] = "table",
     overrides: Options = Overrides(),
 ) -> None:
@@ -330,12 +331,13 @@ def doctor(
 
     Args:
         plan: a recipe: print what its methods take in memory, disk, computation and exchange, as counted on its model
-            and measured by a few steps on this machine, and what larger models and tables would take.
+            and measured by a few steps on this machine.
+        larger: with --plan, also what larger models and tables would take; counting them takes some minutes.
     """
     if plan is not None:
         from .plan_cli import print_plan
 
-        print_plan(overrides.load(plan), as_json=format == "json")
+        print_plan(overrides.load(plan), format == "json", larger)
         return
     from .doctor_cli import examine
 
@@ -394,6 +396,5 @@ def main() -> None:
         print("smf: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     finally:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_DFL
-        )  # raised in the midst of Python's own end, it would be a traceback
+        # raised in the midst of Python's own end, Stopped would be a traceback
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

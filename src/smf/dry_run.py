@@ -37,7 +37,7 @@ from .prepare import (
     scored_rows,
     training_rows,
 )
-from .recipe import Asked, Method, Recipe, asked, sources
+from .recipe import UNTRAINED, Asked, Method, Recipe, asked, sources
 from .sources import CACHE, load_texts, place
 from .tasks import find_task, harness_task
 
@@ -86,6 +86,15 @@ def dry_run(recipe: Recipe) -> Plan:
         trained = None if config is None else _try(plan, lambda method=method: _trained(recipe, method, config))
         plan.methods.append((name, method.kind, *_about_method(recipe, method, config, examples, longest, trained)))
     return plan
+
+
+def examples_here(recipe: Recipe) -> int | None:
+    """How many examples a recipe trains on; None where its data, or its base's tokenizer, is not on this machine."""
+    try:
+        own = replace(recipe, data=CACHE) if recipe.data == "hub" else recipe
+        return len(load_training(own, load_tokenizer(recipe))) if on_this_machine(recipe) else None
+    except SmfError:
+        return None
 
 
 def _try(plan: Plan, look: Callable[[], Any]) -> Any:
@@ -227,7 +236,7 @@ def _about_method(
     """Learning rate, steps, numbers that train and, of a memory, rows a step, and gigabytes of memory, roughly."""
     rate, steps = f"{method.lr:g}" if method.lr else "", _steps(recipe, examples)
     text = "?" if steps is None else f"{steps:,}"
-    if method.kind in ("base", "attached", "healed"):
+    if method.kind in UNTRAINED:
         rate, text = "", "0"
     if trained is None:
         return rate, text, "?", "?"
@@ -275,7 +284,7 @@ def _gigabytes(recipe: Recipe, method: Method, config: Any, steps: int, longest:
     if recipe.divergence:
         base = costs_of(recipe, Method(kind="base"), config, steps)
         held[0] += logits + (base.weights if base is not None else 0)  # beside the base
-    if method.kind not in ("base", "attached", "healed"):
+    if method.kind not in UNTRAINED:
         held.append(costs.states + costs.passes)
     healed = costs_of(recipe, replace(method, kind="healed"), config, _healing_steps(recipe)) if method.heal else costs
     if healed is not None and (method.heal or method.kind == "healed"):
