@@ -29,6 +29,7 @@ from smf.health import Health, look_at
 from smf.locks import LOCK, working_in
 from smf.recipe import Recipe
 from smf.recipe_file import load_recipe
+from smf.runs import read_runs
 from smf.train import run_method
 from test_fuzz import BYTES, edited, with_junk, within
 from tiny import make_world
@@ -208,6 +209,13 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path, name: str):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"^no (folder at|run in) .*" + name):
         look_at(tmp_path / name)
+
+
+def test_where_only_a_trial_ran_its_folder_is_named(tmp_path: Path):
+    (tmp_path / "runs-trial").mkdir()
+    for read in (look_at, lambda path: read_runs([path])):
+        with pytest.raises(ConfigError, match=r"^no folder at .*runs \(there is .*runs-trial, of a trial\); give"):
+            read(tmp_path / "runs")
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import get_scheduler
 
-from smf import methods
+from smf import cli, methods
 from smf.base import load_base
+from smf.doubts import warmup_doubts
 from smf.dry_run import Plan, dry_run
 from smf.errors import ConfigError, SmfError
 from smf.prepare import load
@@ -154,3 +159,40 @@ def test_of_the_backgrounds_documents_as_much_is_read_as_the_base_reads(world: P
     optimizer = methods.smf(methods.attach(load_base(recipe), method, recipe), method, recipe, loaded).optimizer
     (counts,) = {counts.total for counts in optimizer.background.layers.values()}  # type: ignore[union-attr]
     assert counts == 128 * recipe.memory.heads * recipe.memory.knn
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
+@pytest.mark.parametrize(("warmup", "steps"), [(100, 3), (10, 3), (5, 5), (1, 1)])
+def test_the_rate_that_a_training_within_its_warm_up_reaches_is_said(schedule: str, warmup: int, steps: int):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    (doubt,) = warmup_doubts(warmup, steps)
+    assert f"only reaches {max(rates):.0%} of lr" in doubt
+
+
+def test_a_training_that_is_mostly_warm_up_is_doubted_before_it_runs(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    few = ("train.steps=0", "train.epochs=1")  # 40 examples, 8 a step
+    (doubt,) = plan_of(world, *few, "train.warmup_steps=100").doubts
+    assert "the training of 5 steps ends within its warm-up of 100" in doubt and "reaches 4% of lr" in doubt
+    (doubt,) = plan_of(world, *few, "train.warmup_steps=3").doubts
+    assert "more than half of the training of 5" in doubt
+    assert plan_of(world, *few, "train.warmup_steps=2").doubts == plan_of(world).doubts == []
+    argv = ["smf", "compare", str(world), "--output", str(tmp_path), "--methods", "lora"]
+    argv += ["--set", *few, "train.warmup_steps=10"]
+
+    def run(*more: str) -> Any:
+        monkeypatch.setattr(sys, "argv", [*argv, *more])
+        cli.main()
+        return capsys.readouterr()
+
+    assert "Warnings:\n  the training of 5 steps ends" in run("--dry-run").out
+    trial = run("--dry-run", "--max-steps", "4")
+    assert "a trial of 4 steps: its warm-up has 2 in place of 10" in trial.err and "Warnings" not in trial.out
+    assert run().err.count("smf: warning: the training of 5 steps ends within its warm-up of 10") == 1

@@ -16,7 +16,7 @@ from torch import nn
 
 import smf
 from conftest import batch, logits, tiny_base, tiny_model, train
-from smf.patch_cli import main
+from smf.patch_cli import _names, main
 from smf.row_report import row_report
 
 
@@ -55,6 +55,22 @@ def test_apply_makes_an_adapter_and_revert_unmakes_it(patches: dict, tmp_path: P
     assert f"applied {rows} rows" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("source", ["", "--to a", "--from a"])
+def test_a_folder_that_holds_something_else_is_not_overwritten(
+    patches: dict, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Such as an adapter that was trained for days; the one that is changed may be written where it was."""
+    monkeypatch.chdir(tmp_path)
+    command = ["revert" if "from" in source else "apply", "c.smf" if "to" in source else "a.smf", *source.split()]
+    before = {path.name: path.read_bytes() for path in Path("b").iterdir()}
+    with pytest.raises(smf.PatchError, match="--output b holds files already"):
+        main([*command, "--output", "b"])
+    assert {path.name: path.read_bytes() for path in Path("b").iterdir()} == before
+    Path("empty").mkdir()
+    main([*command, "--output", "empty"])
+    main([*command, "--output", "a" if source else "new"])
+
+
 def test_merge_writes_a_patch_and_lists_rows_of_both(patches: dict, tmp_path: Path, capsys: pytest.CaptureFixture):
     both, files = str(tmp_path / "both.smf"), [str(tmp_path / "a.smf"), str(tmp_path / "b")]
     with pytest.raises(smf.PatchError, match="choose a policy for them"):
@@ -77,6 +93,25 @@ def test_diff_counts_rows(patches: dict, tmp_path: Path, capsys: pytest.CaptureF
         line = next(line for line in shown.splitlines() if line.startswith(f"│ {layer} "))
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         assert cells[1:5] == [str(len(x)) for x in (found.only_first, found.only_second, found.equal, found.apart)]
+
+
+def test_patches_of_one_files_name_are_told_apart_by_their_runs(
+    patches: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    files = [tmp_path / "old" / name / "patch.smf" for name in "ab"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        shutil.copy(tmp_path / f"{file.parent.name}.smf", file)
+    one, other = map(str, files)
+    main(["diff", one, other])
+    shown = capsys.readouterr().out
+    assert "only a/patch.smf" in shown and "only b/patch.smf" in shown
+    main(["merge", one, other, "--output", str(tmp_path / "both.smf"), "--policy", "sum"])
+    assert "a/patch.smf, b/patch.smf" in capsys.readouterr().out
+    main(["inspect", one, "--beside", other])
+    assert "shared with b/patch.smf" in " ".join(capsys.readouterr().out.split())
+    assert _names([tmp_path / "x" / "a" / "p", tmp_path / "y" / "a" / "p"]) == ["x/a/p", "y/a/p"]
+    assert _names([tmp_path / "a", tmp_path / "a"]) == ["a", "a"] and _names([Path("a"), Path("b")]) == ["a", "b"]
 
 
 def test_inspect_shows_what_a_run_changed(patches: dict, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from smf.optimizer import SparseMemoryOptimizer
 from smf.plan import BACKBONES, Measured, _shape, measure, seconds_of, short
 from smf.recipe import MemoryOptions, Method, Recipe, TrainOptions
 from smf.recipe_file import load_recipe
+from tiny import make_world
 
 SMALL = _shape(32, 48, 4, 4, 2, 96, True)
 MEMORY = MemoryOptions(n_keys=16, heads=2, knn=4, k_dim=16)
@@ -164,12 +166,23 @@ def test_the_command_says_what_was_measured_and_what_not(
     assert "measured: 2 steps each of smf, lora, full on" in printed and "extrapolated: seconds" in printed
     assert ("not on this machine" in printed) == bool(settings) == ("a stand-in of 8 layers" in printed)
     assert [config is None for config in configs] == [not settings] * 3
-    monkeypatch.setattr(sys, "argv", [*given, "--format", "json"])
+    assert ("Larger models" in printed) == bool(settings)  # where nothing is known of the base itself
+    monkeypatch.setattr(sys, "argv", [*given, "--larger", "--format", "json"])
     cli.main()
     found = json.loads(capsys.readouterr().out)
+    seconds = {each["method"]: each["seconds"] for each in found["recipe"]}
+    assert all((each is None) == (name == "base") for name, each in seconds.items())  # no step is one of the base
     assert {each["rows"] for each in found["larger"]} == {0, 256, 1024}
     names = [each["method"] for each in found["recipe"]]
     assert names == ([] if settings else list(load_recipe("demo.toml").methods))
+
+
+@pytest.mark.parametrize(("cut", "steps"), [("", 5), ("train.examples=16", 2), ('base="not/here"', None)])
+def test_steps_are_those_of_the_data_that_is_here(tmp_path: Path, cut: str, steps: int | None):
+    few = ["train.steps=0", "train.epochs=1", *filter(None, [cut])]  # 40 examples, 8 a step
+    recipe, about = load_recipe(make_world(tmp_path), few), []
+    assert planning._steps(recipe, about) == (steps or planning.UNKNOWN)
+    assert [("1,000 steps" in line) for line in about] == ([] if steps else [True])
 
 
 def test_a_measured_step_is_short_whatever_the_recipe():

@@ -6,11 +6,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from datasets import Dataset
 
-from tiny import WORDS, make_base, make_tokenizer, make_world
+from tiny import make_world, write_lines
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text()
@@ -26,29 +26,40 @@ def commands() -> list[str]:
     return [line for line in lines if line]
 
 
-def test_python_example_runs_and_its_claims_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_python_example_runs_as_it_stands_and_its_claims_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """But for the number of steps, and fewer texts and documents of the world."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     import smf
+    from smf import world
 
-    make_base().save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    texts = [" ".join(WORDS[i : i + 20]) for i in range(0, 80, 10)]
-    ids = make_tokenizer()(texts)["input_ids"]
+    rows = world.rows
+    monkeypatch.setattr(world, "rows", lambda name: rows(name)[:40])
     (example,) = blocks("python")
-    names = {
-        "base": str(tmp_path / "base"),
-        "general_texts": texts,
-        "data": Dataset.from_dict({"input_ids": ids, "labels": ids}),
-    }
-    exec(example.replace("[10, 12, 14]", "[1, 2]").replace("max_steps=500", "max_steps=2"), names)
-    model = names["model"].eval()
-    inputs = torch.tensor(ids)
-    base = make_base()(inputs).logits
+    names: dict[str, Any] = {}
+    exec(example.replace("max_steps=500", "max_steps=2"), names)
+    model, first = names["model"].eval(), names["data"][0]
+    prompt, answer = names["pairs"][0]
+    end = names["tokenizer"].eos_token
+    assert names["tokenizer"].decode(first["input_ids"]) == prompt + answer + end
+    learned = [token for token in first["labels"] if token != -100]
+    assert names["tokenizer"].decode(learned) == answer + end and first["input_ids"][-len(learned) :] == learned
+    inputs = torch.tensor([first["input_ids"]])
+    base = AutoModelForCausalLM.from_pretrained(world.BASE)(inputs).logits
     assert not torch.equal(model(inputs).logits, base)
     smf.load_patch("medicine.smf").revert(model)
     assert torch.equal(model(inputs).logits, base)
+
+
+def test_pairs_of_json_lines_are_read_as_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (line,) = re.findall(r"`(pairs = [^`]+)`", README)
+    write_lines(tmp_path / "train.jsonl", [{"prompt": "Say:", "completion": " it"}])
+    names: dict[str, Any] = {"json": json}
+    exec(" ".join(line.split()), names)
+    assert names["pairs"] == [("Say:", " it")]
 
 
 def test_every_command_is_of_a_kind_that_is_tested():

@@ -337,6 +337,14 @@ def test_a_loss_as_target_is_better_when_lower():
     assert first.losses["lora"] is not None and first.losses["lora"].value == pytest.approx(7.5)
 
 
+@pytest.mark.parametrize(("early", "late", "share"), [(0.7, 0.6, 0.5), (0.6, 0.7, 1.0)])
+def test_scores_of_an_earlier_moment_stand_beside_costs_that_are_said_to_be_of_the_end(early, late, share):
+    way = {0.5: scores(early, validation=early)}
+    summary = study(result("lora", scores(late, validation=late), kind="lora", on_the_way=way))
+    assert [row.share for row in summary.rows] == [share]
+    assert ("rows and seconds: of the whole training" in caption(summary)) == (share < 1)
+
+
 # -- numbers that are none --------------------------------------------------------------------------------------------
 
 

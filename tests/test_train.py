@@ -19,6 +19,7 @@ from smf.cli import main
 from smf.compare import result_path
 from smf.errors import ConfigError, DataError, PatchError, SmfError
 from smf.methods import attach
+from smf.options import Overrides
 from smf.prepare import check_output, load
 from smf.recipe_file import load_recipe
 from smf.summary import summarise
@@ -110,6 +111,10 @@ def test_saved_patch_and_adapter_score_as_the_run_did(world: Path):
     assert rounded(base["scores"]) == rounded(run_method(recipe, "base")["scores"])
     assert rounded(patched["scores"]) == rounded(result["scores"]) != rounded(base["scores"])
     assert patched["rows_changed"] == result["rows_changed"]
+    for path in (folder, folder / "adapter"):  # whatever else smf.open_patch takes
+        opened = evaluate_saved(recipe, adapter=None, patch=str(path))[1]
+        assert opened["scores"] == patched["scores"] and opened["method"] == path.name
+        assert opened["rows_changed"] == result["rows_changed"]
     adapted = evaluate_saved(recipe, adapter=str(folder / "adapter"), patch=None)[1]
     assert rounded(adapted["scores"]) == rounded(result["scores"])
 
@@ -191,6 +196,7 @@ def test_compare_prints_tables_and_runs_only_what_is_missing(own_world: Path):
     for word in ("base", "smf", "exam loss", "exam %", "stories ppl", "rows changed", "peak MB"):
         assert word in first.stdout
     output = Path(f"{load_recipe(own_world).output}-trial")
+    assert "(trial: 2 steps)" in first.stdout and "(trial: 2 steps)" in (output / "report.html").read_text()
     table = (output / "table.md").read_text()
     scores = table.split("\n\n")[0]
     assert scores.count("\n| ") == 3 and "| smf |" in scores and "over examples only (one seed)" in table
@@ -229,6 +235,19 @@ def help_of(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *com
     return capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, ""),
+        ({"limit": 0}, ""),
+        ({"max_steps": 1}, " (trial: 1 step)"),
+        ({"max_steps": 20, "limit": 20}, " (trial: 20 steps, first 20 rows of each set)"),
+    ],
+)
+def test_a_trial_says_how_much_it_is_of(options: dict[str, Any], said: str):
+    assert Overrides(**options).trial() == said
+
+
 def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     text = help_of(capsys, monkeypatch)
     assert all(word in text for word in ("demo", "compare", "tune", "train", "eval"))
@@ -252,7 +271,7 @@ def edited(world: Path, old: str, new: str) -> Path:
     ("old", "new", "error", "message"),
     [
         ("layers = [1, 2]", "layers = [1, 9]", SmfError, "layer index 9 is out of range: the model has 4"),
-        ("layers = [1, 2]", "layers = [1, -1]", SmfError, "layer index -1"),
+        ("layers = [1, 2]", "layers = [1, -5]", SmfError, "layer index -5 is out of range: the model has 4"),
         (
             "n_keys = 16\nheads = 2\nknn = 4\nk_dim = 16",
             "n_keys = 16\nheads = 2\nknn = 4\nk_dim = 15",

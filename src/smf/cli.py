@@ -45,7 +45,7 @@ def train(recipe: RecipePath, /, method: str, overrides: Options = Overrides()) 
     if "scores" in result:  # torchrun: the first rank's alone
         bases = [result_path(loaded, name) for name, m in loaded.methods.items() if m.kind == "base" and name != method]
         before = [read_result(path) for path in bases if path.is_file()]
-        title = f"{method} -> {result_path(loaded, method).parent}"
+        title = f"{method} -> {result_path(loaded, method).parent}{overrides.trial()}"
         print_tables(summarise([*before, result], loaded.target.metrics), title)
 
 
@@ -60,7 +60,7 @@ def evaluate(
 
     Args:
         adapter: folder of a saved PEFT adapter (of any method).
-        patch: file written by smf.save_patch.
+        patch: file written by smf.save_patch, a run's folder, or a saved adapter's.
     """
     from .summary import summarise
     from .table import print_tables
@@ -68,7 +68,7 @@ def evaluate(
 
     loaded = overrides.load(recipe)
     results = evaluate_saved(loaded, adapter=adapter, patch=patch)
-    print_tables(summarise(results, loaded.target.metrics), f"{recipe.stem} on {loaded.base}")
+    print_tables(summarise(results, loaded.target.metrics), f"{recipe.stem} on {loaded.base}{overrides.trial()}")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def compare(
         _print_plan(loaded)
         return
     methods = named(_with_reference(what.methods, what.against), loaded.methods)
-    title = f"{recipe.stem} on {loaded.base}"
+    title = f"{recipe.stem} on {loaded.base}{overrides.trial()}"
     try:
         run_all(loaded, methods, what.seeds, ray)
     except TrainingError:
@@ -136,7 +136,7 @@ def _print_plan(recipe: Any) -> None:
     print_plain("What is read", ["table", "from", "rows", "tokens", "scored by"], plan.sets)
     header = ["method", "kind", "lr", "steps", "numbers that train", "GiB, roughly"]
     print_plain("What trains", header, plan.methods)
-    for title, lines in (("Not checked", plan.unchecked), ("Problems", plan.problems)):
+    for title, lines in (("Not checked", plan.unchecked), ("Warnings", plan.doubts), ("Problems", plan.problems)):
         if lines:
             print(f"{title}:", *lines, sep="\n  ")
     if plan.problems:
@@ -318,6 +318,7 @@ def doctor(
     runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="folders of runs, or of one run each")] = (),
     /,
     plan: Annotated[Path | None, tyro.conf.arg(metavar="RECIPE")] = None,
+    larger: bool = False,
     format: Annotated[Literal["table", "json"], tyro.conf.arg(help="what to print")] = "table",
     overrides: Options = Overrides(),
 ) -> None:
@@ -330,12 +331,13 @@ def doctor(
 
     Args:
         plan: a recipe: print what its methods take in memory, disk, computation and exchange, as counted on its model
-            and measured by a few steps on this machine, and what larger models and tables would take.
+            and measured by a few steps on this machine.
+        larger: with --plan, also what larger models and tables would take; counting them takes some minutes.
     """
     if plan is not None:
         from .plan_cli import print_plan
 
-        print_plan(overrides.load(plan), as_json=format == "json")
+        print_plan(overrides.load(plan), format == "json", larger)
         return
     from .doctor_cli import examine
 
@@ -394,6 +396,5 @@ def main() -> None:
         print("smf: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     finally:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_DFL
-        )  # raised in the midst of Python's own end, it would be a traceback
+        # raised in the midst of Python's own end, Stopped would be a traceback
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

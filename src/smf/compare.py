@@ -13,11 +13,12 @@ from typing import Any
 
 from .base import base_config
 from .data import Loaded
-from .doubts import doubts
+from .doubts import doubts, warmup_doubts
 from .errors import ConfigError, TrainingError
 from .files import write_atomically, write_json
 from .jobs import Job, run_jobs, start_server
 from .locks import LOCK
+from .loop import training_steps
 from .prepare import load
 from .ray_jobs import on_ray
 from .recipe import Recipe
@@ -123,6 +124,8 @@ def _run_all(
 ) -> None:
     """The base, and the others once it is scored: what cannot score the base can score no method after its training."""
     loaded = load(recipe)  # refuses what can't work before the first method spends time
+    for doubt in warmup_doubts(recipe.train.warmup_steps, training_steps(recipe.train, len(loaded.train))):
+        print(f"smf: warning: {doubt}", file=sys.stderr)
     write_atomically(Path(recipe.output) / "recipe.toml", to_toml(recipe))
     bases = [(title, run) for title, run in unfinished if run[0].methods[run[1]].kind == "base"]
     run_jobs([_job(title, run, loaded) for title, run in bases], recipe.jobs)

@@ -1,4 +1,4 @@
-"""What the base's own scores say against a comparison, before anything trains: nothing to learn, or nothing to lose."""
+"""What speaks against a comparison before anything trains: nothing to learn, nothing to lose, a warm-up too long."""
 
 from __future__ import annotations
 
@@ -46,6 +46,26 @@ def doubts(scores: dict[str, Any], vocabulary: int = 32_000) -> list[str]:
                 f"the base answers the probe {name!r} by chance ({metric} {value:.2f}): it has nothing to lose there"
             )
     return found
+
+
+def warmup_doubts(warmup: int, steps: int) -> list[str]:
+    """A sentence where more than half of a training is warm-up.
+
+    Args:
+        warmup: steps of linear warm-up, of which the first has a rate of zero.
+        steps: of the training.
+    """
+    if 2 * warmup <= steps:
+        return []
+    if warmup < steps:
+        return [
+            f"the warm-up of {warmup:,} steps is more than half of the training of {steps:,}; set train.warmup_steps"
+        ]
+    reached = f"{(steps - 1) / warmup:.0%}"
+    return [
+        f"the training of {steps:,} steps ends within its warm-up of {warmup:,}: the learning rate only reaches "
+        f"{reached} of lr; set train.warmup_steps (a tenth of the steps, or 0)"
+    ]
 
 
 def _by_chance(share: float, records: list[dict[str, Any]]) -> bool:

@@ -14,11 +14,12 @@ from . import methods
 from .base import base_config, check_models, load_tokenizer, on_this_machine
 from .costs import costs_of, model_of, skeleton
 from .data import Example, ScoredSet, encode
+from .doubts import warmup_doubts
 from .epoch_cache import disk_bytes
 from .errors import HubError, SmfError
 from .evaluate import SLICE
 from .harness import check_name
-from .loop import steps_of
+from .loop import training_steps
 from .memory import memory_layers
 from .prepare import (
     check_output,
@@ -36,7 +37,7 @@ from .prepare import (
     scored_rows,
     training_rows,
 )
-from .recipe import Asked, Method, Recipe, asked, sources
+from .recipe import UNTRAINED, Asked, Method, Recipe, asked, sources
 from .sources import CACHE, load_texts, place
 from .tasks import find_task, harness_task
 
@@ -52,6 +53,7 @@ class Plan:
         base: what there is to say of the base.
         sets: of each set that is read: table of the recipe, file or data set, rows, tokens, and what it is scored by.
         methods: of each method: kind, learning rate, trained numbers, steps, memory in GiB.
+        doubts: what speaks against it, though it would run.
         problems: what would stop the run.
         unchecked: what could not be looked at, and why.
     """
@@ -59,6 +61,7 @@ class Plan:
     base: dict[str, str] = field(default_factory=dict)
     sets: list[tuple[str, str, str, str, str]] = field(default_factory=list)
     methods: list[tuple[str, str, str, str, str, str]] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
@@ -77,10 +80,21 @@ def dry_run(recipe: Recipe) -> Plan:
     found = _look_at_data(plan, recipe, tokenizer)
     examples, longest = _amounts(recipe, found)
     _look_at_disk(plan, recipe, config, found.get("target.train"))
+    if (steps := _steps(recipe, examples)) is not None:
+        plan.doubts += warmup_doubts(recipe.train.warmup_steps, steps)
     for name, method in recipe.methods.items():
         trained = None if config is None else _try(plan, lambda method=method: _trained(recipe, method, config))
         plan.methods.append((name, method.kind, *_about_method(recipe, method, config, examples, longest, trained)))
     return plan
+
+
+def examples_here(recipe: Recipe) -> int | None:
+    """How many examples a recipe trains on; None where its data, or its base's tokenizer, is not on this machine."""
+    try:
+        own = replace(recipe, data=CACHE) if recipe.data == "hub" else recipe
+        return len(load_training(own, load_tokenizer(recipe))) if on_this_machine(recipe) else None
+    except SmfError:
+        return None
 
 
 def _try(plan: Plan, look: Callable[[], Any]) -> Any:
@@ -220,16 +234,20 @@ def _about_method(
     recipe: Recipe, method: Method, config: Any, examples: int | None, longest: int, trained: Trained | None
 ) -> tuple[str, str, str, str]:
     """Learning rate, steps, numbers that train and, of a memory, rows a step, and gigabytes of memory, roughly."""
-    options, rate = recipe.train, f"{method.lr:g}" if method.lr else ""
-    known = min(options.examples or examples, examples) if examples else options.examples
-    steps = steps_of(options.steps, options.epochs, known, options.batch_size) if known or options.steps else None
+    rate, steps = f"{method.lr:g}" if method.lr else "", _steps(recipe, examples)
     text = "?" if steps is None else f"{steps:,}"
-    if method.kind in ("base", "attached", "healed"):
+    if method.kind in UNTRAINED:
         rate, text = "", "0"
     if trained is None:
         return rate, text, "?", "?"
     what = f"{trained.numbers:,}" + (f" ({trained.rows})" if trained.rows else "")
     return rate, text, what, f"{_gigabytes(recipe, method, config, steps or LONG, longest):.1f}"
+
+
+def _steps(recipe: Recipe, examples: int | None) -> int | None:
+    """Of every training; None where nobody knows how many examples there are."""
+    known = examples or recipe.train.examples or recipe.train.steps  # whose number does not matter where steps decide
+    return training_steps(recipe.train, known) if known else None
 
 
 class Trained(NamedTuple):
@@ -266,7 +284,7 @@ def _gigabytes(recipe: Recipe, method: Method, config: Any, steps: int, longest:
     if recipe.divergence:
         base = costs_of(recipe, Method(kind="base"), config, steps)
         held[0] += logits + (base.weights if base is not None else 0)  # beside the base
-    if method.kind not in ("base", "attached", "healed"):
+    if method.kind not in UNTRAINED:
         held.append(costs.states + costs.passes)
     healed = costs_of(recipe, replace(method, kind="healed"), config, _healing_steps(recipe)) if method.heal else costs
     if healed is not None and (method.heal or method.kind == "healed"):

@@ -85,3 +85,9 @@ def read_tensors(path: Path, kind: str, newest: int, error: type[SmfError]) -> t
         advice = "update smf" if newer else "it was written by an earlier version, which is not read any more"
         raise error(f"{path} has {kind} format {known!r}; this version reads {newest}; {advice}")
     return header, tensors
+
+
+def no_folder(folder: Path) -> str:
+    """What errors say of a folder that is not there; --max-steps and --limit write to one of another name."""
+    trial = folder.with_name(f"{folder.name}-trial") if folder.name else folder
+    return f"no folder at {folder}" + (f" (there is {trial}, of a trial)" if trial.is_dir() else "")

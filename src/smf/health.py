@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from .checkpoints import MANIFEST, flaw, found_in, step_of
 from .errors import ConfigError, DataError, PatchError, SmfError
-from .files import PART, read_text
+from .files import PART, no_folder, read_text
 from .locks import LOCK, held_by
 from .patch_file import load_patch
 from .recipe_file import load_recipe
@@ -75,7 +75,7 @@ def look_at(path: Path) -> list[Health]:
     """
     try:
         if not path.is_dir():
-            raise ConfigError(f"no folder at {path}; give the folder that `smf compare` wrote to, or one of a run")
+            raise ConfigError(f"{no_folder(path)}; give the folder that `smf compare` wrote to, or one of a run")
         inner = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
         runs = [each for each in inner if _is_run(each)]
         if not runs and _is_run(path):

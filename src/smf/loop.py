@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .checkpoints import newest_complete, read_manifest, seal, step_of
 from .data import Collator, Example, pad_id
+from .doubts import warmup_doubts
 from .epoch_cache import HIDDEN, EpochCache, why_not
 from .errors import ConfigError, SmfError, Stopped, TrainingError
 from .evaluate import token_loss
@@ -27,7 +28,7 @@ from .files import write_atomically, write_json
 from .methods import Prepared
 from .optimizer import SparseMemoryOptimizer
 from .ranks import join_again, mean_, same_everywhere
-from .recipe import Recipe
+from .recipe import Recipe, TrainOptions
 from .skipping import SKIPPED, Skipping
 from .stopping import StopAtSigterm
 
@@ -193,6 +194,8 @@ def fit(
     if checkpoint is not None:
         print(f"smf: {name}: resuming from {checkpoint}", file=sys.stderr)
     done = step_of(checkpoint) if checkpoint else 0
+    for doubt in warmup_doubts(recipe.train.warmup_steps, steps) if is_main() else ():
+        print(f"smf: warning: {name}: {doubt}", file=sys.stderr)
     if not same_everywhere(done):
         raise TrainingError(
             f"{name}: the ranks find different checkpoints: {folder} must be one folder for all of them"
@@ -287,3 +290,9 @@ def _arguments(recipe: Recipe, checkpoints: Path, steps: int, max_grad_norm: flo
 def steps_of(steps: int, epochs: float, examples: int, batch_size: int) -> int:
     """Optimizer steps: as given, or those of `epochs` passes."""
     return steps or max(1, math.ceil(epochs * examples / batch_size))
+
+
+def training_steps(options: TrainOptions, examples: int) -> int:
+    """Optimizer steps of every method of a recipe, whose data has so many examples."""
+    count = min(options.examples or examples, examples)
+    return steps_of(options.steps, options.epochs, count, options.batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,8 +49,18 @@ class Overrides:
         recipe = load_recipe(path, self.set, **keys)
         if self.output is None and (self.max_steps or self.limit):
             recipe = replace(recipe, output=f"{recipe.output}-trial")  # whose report is not that of the real runs
+        warmup = recipe.train.warmup_steps
         recipe = recipe if self.max_steps is None else shortened(recipe, self.max_steps)
+        if recipe.train.warmup_steps < warmup:
+            fewer = f"{recipe.train.warmup_steps:,} in place of {warmup:,}"
+            print(f"smf: a trial of {recipe.train.steps:,} steps: its warm-up has {fewer}", file=sys.stderr)
         return recipe if self.limit is None else limited(recipe, self.limit)
+
+    def trial(self) -> str:
+        """What the title of a trial ends with; nothing where this is none."""
+        steps = f"{self.max_steps:,} step{'s' * (self.max_steps != 1)}" if self.max_steps else ""
+        rows = f"first {self.limit:,} rows of each set" if self.limit else ""
+        return f" (trial: {', '.join(filter(None, (steps, rows)))})" if steps or rows else ""
 
 
 Options = OmitArgPrefixes[Overrides]

@@ -51,7 +51,7 @@ def inspect(
     if format == "json":
         print(json.dumps(asdict(report), indent=2))
         return
-    _print_report(report, [path.name for path in beside])
+    _print_report(report, _names([patch, *beside])[1:])
 
 
 def _size(path: Path, patch: Patch) -> int:
@@ -141,11 +141,12 @@ def apply(patch: Source, /, output: Path, to: Path | None = None) -> None:
     """Write the adapter that a patch makes, where PEFT and transformers find it; the base is not loaded.
 
     Args:
-        output: folder of the adapter.
+        output: folder of the adapter: a new or empty one, or that of --to.
         to: a saved adapter to apply it to; none: the reproducible start that the patch was trained from.
     """
     from .adapter_file import fresh_adapter, open_patch, put_into_adapter, read_adapter, write_adapter
 
+    _refuse_full(output, to)
     found = open_patch(patch)
     adapter = fresh_adapter(found) if to is None else read_adapter(to)
     put_into_adapter(found, adapter, "apply")
@@ -158,10 +159,11 @@ def revert(patch: Source, /, adapter: Annotated[Path, tyro.conf.arg(name="from")
 
     Args:
         adapter: folder of the adapter.
-        output: folder of the adapter without the patch; may be the same.
+        output: folder of the adapter without the patch: a new or empty one, or the same.
     """
     from .adapter_file import open_patch, put_into_adapter, read_adapter, write_adapter
 
+    _refuse_full(output, adapter)
     found, present = open_patch(patch), read_adapter(adapter)
     put_into_adapter(found, present, "revert")
     write_adapter(present, output)
@@ -202,7 +204,8 @@ def diff(one: Source, other: Source, /) -> None:
     from .table import print_plain
 
     found = open_patch(one).diff(open_patch(other))
-    header = ["layer", f"only {one.name}", f"only {other.name}", "both, equal", "both, apart", "mean distance"]
+    first, second = _names([one, other])
+    header = ["layer", f"only {first}", f"only {second}", "both, equal", "both, apart", "mean distance"]
     rows = []
     for layer, each in found.items():
         counts = [len(ids) for ids in (each.only_first, each.only_second, each.equal, each.apart)]
@@ -211,10 +214,29 @@ def diff(one: Source, other: Source, /) -> None:
     print_plain("Rows", header, rows)
 
 
+def _refuse_full(output: Path, source: Path | None) -> None:
+    """Refuse a folder that holds something already, perhaps another adapter, unless it is that which is changed."""
+    same = source is not None and source.exists() and output.exists() and output.samefile(source)
+    if output.is_dir() and any(output.iterdir()) and not same:
+        raise PatchError(
+            f"--output {output} holds files already, which might be overwritten; give a new or empty folder"
+        )
+
+
 def _at_least_two(paths: Sequence[Path], read: Callable[[Path], Patch]) -> list[Patch]:
     if len(paths) < 2:
         raise PatchError(f"give at least two patches to merge; got {[str(path) for path in paths]}")
     return [read(path) for path in paths]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """What tables call these paths: as few of their last parts as tell them apart, such as law/patch.smf."""
+    parts = [path.absolute().parts for path in paths]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return [str(path) for path in paths]
 
 
 def _rows(patch: Patch) -> str:
@@ -225,6 +247,7 @@ def _print_shared(patches: Sequence[Patch], paths: Sequence[Path]) -> None:
     """The rows that two of the patches both changed, with the lengths of their changes."""
     from .table import print_plain
 
+    names = _names(paths)
     header = ["patches", "layer", "rows of both", "mean change of the first", "of the second", "mean cosine"]
     rows = []
     for second in range(1, len(patches)):
@@ -232,7 +255,7 @@ def _print_shared(patches: Sequence[Patch], paths: Sequence[Path]) -> None:
             for layer, found in patches[first].overlap(patches[second]).items():
                 if len(found.ids_R):
                     sizes = [f"{float(size):.3g}" for size in found.sizes_2R.mean(1)]
-                    which = f"{paths[first].name}, {paths[second].name}"
+                    which = f"{names[first]}, {names[second]}"
                     rows.append(
                         [which, str(layer), f"{len(found.ids_R):,}", *sizes, f"{float(found.cosine_R.mean()):.2f}"]
                     )

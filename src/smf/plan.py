@@ -17,11 +17,12 @@ from . import methods
 from .base import base_config, load_base, on_this_machine
 from .costs import Costs, bytes_of, costs_of, model_of
 from .data import Loaded
+from .dry_run import examples_here
 from .errors import ConfigError
 from .evaluate import token_loss
-from .loop import steps_of
+from .loop import training_steps
 from .optimizer import SparseMemoryOptimizer
-from .recipe import MemoryOptions, Method, Recipe
+from .recipe import UNTRAINED, MemoryOptions, Method, Recipe
 from .shape import available_memory
 
 
@@ -43,7 +44,7 @@ TABLES = (128, 512, 1024)  # n_keys: 16k, 262k and 1M rows
 KINDS = ("smf", "lora", "full")  # whose speeds are measured
 TOKENS = 128  # of a measured step, at most
 STEPS = 2  # that are measured, after one that is not
-UNKNOWN = 1000  # steps of a training whose length depends on data that was not looked at
+UNKNOWN = 1000  # steps of a training whose length depends on data that is not here
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Prediction:
         rows: of the memory's table; 0 without one.
         costs: as counted.
         memory: bytes at most, the process itself included.
-        seconds: of a step here; None where it does not fit, or nothing was measured.
+        seconds: of a step here; None where nothing trains, it does not fit, or nothing was measured.
     """
 
     model: str
@@ -110,8 +111,12 @@ class Plan:
     larger: list[Prediction]
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, larger: bool = False) -> Plan:
     """Count, measure, predict.
+
+    Args:
+        recipe: whose methods are looked at.
+        larger: count other models and tables too, which takes minutes; done in any case where the base is not here.
 
     Raises:
         ConfigError: where the recipe has no method whose costs can be counted.
@@ -127,7 +132,12 @@ def plan(recipe: Recipe) -> Plan:
             found += predict(recipe, name, method, config, recipe.base, steps, measured)
     else:
         about.append(f"the base {recipe.base} is not on this machine: its methods are predicted on other shapes only")
-    larger = []
+    return Plan(about, measured, found, _larger(recipe, steps, measured, about) if larger or not here else [])
+
+
+def _larger(recipe: Recipe, steps: int, measured: dict[str, Measured], about: list[str]) -> list[Prediction]:
+    """The recipe's first method of each kind on `BACKBONES`, with tables of each size."""
+    found: list[Prediction] = []
     wide = replace(recipe, dtype="bfloat16")
     for shape, sizes in BACKBONES.items():
         config = Qwen2Config(**sizes)
@@ -135,20 +145,21 @@ def plan(recipe: Recipe) -> Plan:
             for n_keys in TABLES if method.kind == "smf" else (0,):
                 print(f"smf: counting {name} on {shape}", file=sys.stderr)
                 more = replace(method, layers=None, memory=_table(recipe, method, n_keys))
-                larger += predict(wide, name, more, config, shape, steps, measured)
+                found += predict(wide, name, more, config, shape, steps, measured)
     about.append(
         f"larger models: shapes of Qwen2.5 in bfloat16, {', '.join(BACKBONES)}, with a memory at three layers; of them "
         "nothing is measured but a matrix product of their width"
     )
-    return Plan(about, measured, found, larger)
+    return found
 
 
 def _steps(recipe: Recipe, about: list[str]) -> int:
     options = recipe.train
-    if not options.steps and not options.examples:
-        about.append(f"the recipe trains for epochs of data that was not looked at: taken as {UNKNOWN:,} steps")
+    examples = options.steps or examples_here(recipe) or options.examples  # whose number does not matter beside steps
+    if not examples:
+        about.append(f"the recipe trains for epochs of data that is not on this machine: taken as {UNKNOWN:,} steps")
         return UNKNOWN
-    return steps_of(options.steps, options.epochs, options.examples, options.batch_size)
+    return training_steps(options, examples)
 
 
 def _table(recipe: Recipe, method: Method, n_keys: int) -> MemoryOptions | None:
@@ -178,9 +189,9 @@ def predict(
     rows = memory.n_keys**2 if costs.table else 0
     like = measured.get(method.kind if method.kind in KINDS else "smf")
     total = costs.memory + (0 if like is None else like.before)
-    fits = total < available_memory()
+    steps_here = method.kind not in UNTRAINED and total < available_memory()
     width = getattr(config, "hidden_size", 0)
-    seconds = None if like is None or not fits or not width else seconds_of(costs, like, width, recipe)
+    seconds = None if like is None or not steps_here or not width else seconds_of(costs, like, width, recipe)
     return [Prediction(model, name, rows, costs, total, seconds)]
 
 

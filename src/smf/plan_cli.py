@@ -17,11 +17,11 @@ HEADER = ["model", "method", "rows", "GFLOP a token", "TFLOP a step", "weights",
 HEADER += ["states", "memory, GiB", "checkpoint", "result", "patch, MiB", "exchanged, MiB", "s a step"]
 
 
-def print_plan(recipe: Any, as_json: bool) -> None:
+def print_plan(recipe: Any, as_json: bool, larger: bool = False) -> None:
     """Print what a recipe would take, or as JSON."""
     from .plan import plan
 
-    found = plan(recipe)
+    found = plan(recipe, larger)
     if as_json:
         print(json.dumps(as_table(found), indent=2))
         return

@@ -353,6 +353,9 @@ def asked(recipe: Recipe) -> dict[str, Asked]:
     return found
 
 
+UNTRAINED = ("base", "attached", "healed")  # kinds that train nothing on the target, and so have no rate
+
+
 def sources(recipe: Recipe) -> dict[str, Source]:
     """All rows that a recipe reads, by its tables; what lm-evaluation-harness loads by itself is not among them."""
     found = {"target.train": recipe.target.train}

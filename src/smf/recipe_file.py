@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError, refusing
-from .recipe import Method, Recipe, sources
+from .recipe import UNTRAINED, Method, Recipe, sources
 
 SHIPPED = Path(__file__).parent / "recipes"
 SMF = {"rule", "reads", "update", "select_every", "rows_per_step", "train", "heal", "lr_other", "layers", "memory"} | {
@@ -274,7 +274,7 @@ def _check_method(recipe: Recipe, method: Method, where: str) -> None:
         raise ConfigError(
             f'{where} kind = {method.kind!r}; expected one of {list(KINDS)}, or your own function: "module:function"'
         )
-    if method.kind not in ("base", "attached", "healed") and method.lr <= 0:
+    if method.kind not in UNTRAINED and method.lr <= 0:
         raise ConfigError(f"{where} lr = {method.lr}; expected a number above 0")
     if (method.heal or method.kind == "healed") and recipe.heal is None:
         raise ConfigError(f"{where} needs a [heal] table that says on what text the memory is healed")

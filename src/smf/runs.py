@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import ConfigError, DataError
 from .evaluate import mean_of
-from .files import read_text
+from .files import no_folder, read_text
 from .fingerprint import json_hash
 from .recipe import LATER, Method, Recipe
 from .recipe_file import build, check_numbers, load_recipe
@@ -253,7 +253,7 @@ def _read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], dict[str,
     skipped: dict[str, str] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(f"no folder at {folder}; give the folder that `smf compare` wrote to (its output)")
+            raise ConfigError(f"{no_folder(folder)}; give the folder that `smf compare` wrote to (its output)")
         for path in sorted(_result_files(folder)):
             if str(path.parent) not in results:
                 try:

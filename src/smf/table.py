@@ -216,6 +216,8 @@ def caption(summary: Summary) -> str:
         best = f"lr: the best by validation score {of}"
         like = f"; beside {', '.join(summary.match)}, the lowest that learns as much as the best of these"
         parts.append(best + like * bool(summary.match))
+    if any(row.share < 1 for row in summary.rows):
+        parts.append("rows and seconds: of the whole training, also where scores are of an earlier moment")
     points = [point for point in (summary.base, *summary.rows) if point is not None]
     at_a_time = methods_at_a_time([run for point in points for run in point.runs])
     if at_a_time != "1":

@@ -21,6 +21,7 @@ from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 from . import methods
+from .adapter_file import open_patch
 from .base import load_base
 from .checkpoints import MANIFEST, flaw, read_manifest, seal
 from .data import Loaded, in_order, with_replay
@@ -30,8 +31,7 @@ from .evaluate import score
 from .faults import explained
 from .files import remove_parts, write_atomically, write_json
 from .locks import working_in
-from .loop import ScoreOnTheWay, fit, is_main, steps_of
-from .patch_file import load_patch
+from .loop import ScoreOnTheWay, fit, is_main, steps_of, training_steps
 from .prepare import load, load_scored
 from .recipe import Recipe
 from .recipe_file import to_toml
@@ -108,7 +108,7 @@ def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded
     """Train; returns steps, seconds, skipped steps and the scores before the end, without their questions."""
     options, method = recipe.train, recipe.methods[name]
     count = min(options.examples or len(loaded.train), len(loaded.train))
-    steps = steps_of(options.steps, options.epochs, count, options.batch_size)
+    steps = training_steps(options, len(loaded.train))
     shares = {round(share * steps): share for share in sorted(options.score_at) if 0 < round(share * steps) < steps}
     files = {step: folder / "scores" / f"step-{step}.json" for step in shares}
 
@@ -261,7 +261,7 @@ def evaluate_saved(recipe: Recipe, *, adapter: str | None, patch: str | None) ->
         raise ConfigError("give --adapter or --patch, not both")
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter {adapter!r} is not a folder with an adapter_config.json")
-    file = None if patch is None else load_patch(patch)
+    file = None if patch is None else open_patch(patch)
     tokenizer, sets = load_scored(recipe)
     model: Any = load_base(recipe)
     if adapter is None and file is None:

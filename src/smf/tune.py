@@ -13,12 +13,10 @@ from typing import Any
 
 from .compare import named, result_path, run_missing
 from .errors import ConfigError, TrainingError
-from .recipe import Recipe
+from .recipe import UNTRAINED, Recipe
 from .recipe_file import load_recipe, to_toml
 from .runs import read_result
 from .study import best_stage, numbers_of, signed
-
-UNTUNED = ("base", "attached", "healed")  # kinds without a learning rate of their own
 
 
 def tune(
@@ -57,12 +55,12 @@ def tune(
     if points < 3 or points % 2 == 0 or not factor > 1:
         raise ConfigError(f"points = {points}, factor = {factor}; expected an odd number from 3 and a factor above 1")
     only, match = named(only, recipe.methods), named(recipe.match, recipe.methods)
-    untuned = [(recipe, name) for name, method in recipe.methods.items() if method.kind in UNTUNED]
+    untuned = [(recipe, name) for name, method in recipe.methods.items() if method.kind in UNTRAINED]
     for name in match:
-        if recipe.methods[name].kind in UNTUNED:
+        if recipe.methods[name].kind in UNTRAINED:
             raise ConfigError(f"{name!r} has no learning rate to tune, so nothing can be matched with its best")
     wanted = {*(only or recipe.methods), *match}
-    names = [name for name, method in recipe.methods.items() if name in wanted and method.kind not in UNTUNED]
+    names = [name for name, method in recipe.methods.items() if name in wanted and method.kind not in UNTRAINED]
     exponents = {name: list(range(-(points // 2), points // 2 + 1)) for name in names}
     known = _known_rates(recipe)
     tried: set[Path] = set()  # a run that failed is not done again for every point that a grid grows by
@@ -98,7 +96,7 @@ def tuned_recipe(recipe: Recipe, tuned: dict[str, Any]) -> Recipe:
 
 def tuned_toml(recipe: Recipe, tuned: dict[str, Any], output: Path) -> str:
     """The tuned recipe as a file, whose first lines say how to go on and which rates nobody chose."""
-    untuned = [n for n, m in recipe.methods.items() if n not in tuned["methods"] and m.kind not in UNTUNED]
+    untuned = [n for n, m in recipe.methods.items() if n not in tuned["methods"] and m.kind not in UNTRAINED]
     match = tuned.get("match")
     lines = [
         f"# smf compare {output / 'tuned.toml'} --seeds 5",
