@@ -12,6 +12,7 @@ from smf import methods
 from smf.base import load_base
 from smf.dry_run import Plan, dry_run
 from smf.errors import ConfigError, SmfError
+from smf.plan import plan as costs_plan
 from smf.prepare import load
 from smf.recipe_file import load_recipe
 from tiny import WORDS, make_world, question, write_lines
@@ -91,6 +92,21 @@ def test_memory_is_that_of_the_most_of_training_healing_and_scoring(world: Path)
     assert healed > 4 * plain  # its moments and old rows, all of them
     (tokens,) = [tokens for table, _, _, tokens, _ in plan_of(world).sets if table == "background.source"]
     assert tokens.endswith("each")
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("/no/such/folder", "base = '/no/such/folder': there is no model folder; give --base a folder or a hub name"),
+        ("no name", "base = 'no name' is neither a model folder nor a name on the hub: HFValidationError: "),
+    ],
+)
+def test_a_base_that_is_nowhere_is_a_problem_of_a_dry_run_and_an_error_of_a_plan(world: Path, base: str, said: str):
+    plan = plan_of(world, f'base="{base}"')
+    (problem,) = plan.problems
+    assert problem.startswith(said) and not any("the base" in line and "hub" in line for line in plan.unchecked)
+    with pytest.raises(ConfigError, match=said):
+        costs_plan(load_recipe(world, [f'base="{base}"']))
 
 
 @pytest.mark.parametrize(

@@ -58,12 +58,17 @@ def _from_base(loader: Any, recipe: Recipe, **options: Any) -> Any:
         raise ConfigError("the recipe names no base; give --base a model folder or a hub name")
     if recipe.base == "world":
         return loader.from_pretrained(world.BASE, **options)
-    looks_like_path = recipe.base.startswith((".", "/", "~")) or recipe.base.count("/") > 1
-    if looks_like_path and not Path(recipe.base).is_dir():
-        raise ConfigError(f"base = {recipe.base!r}: there is no model folder; give --base a folder or a hub name")
+    _check_name(recipe)
     with refusing(ConfigError, f"base = {recipe.base!r} cannot be loaded as a causal language model"):
         # pickles are read as weights only, and a repository's own code is not run, which transformers would ask about
         return loader.from_pretrained(recipe.base, revision=recipe.revision, trust_remote_code=False, **options)
+
+
+def _check_name(recipe: Recipe) -> None:
+    """Refuse a path at which there is no folder."""
+    looks_like_path = recipe.base.startswith((".", "/", "~")) or recipe.base.count("/") > 1
+    if looks_like_path and not Path(recipe.base).is_dir():
+        raise ConfigError(f"base = {recipe.base!r}: there is no model folder; give --base a folder or a hub name")
 
 
 def base_config(recipe: Recipe) -> Any:
@@ -77,12 +82,14 @@ def positions(recipe: Recipe) -> int:
 
 
 def on_this_machine(recipe: Recipe) -> bool:
-    """Whether the base is a folder, the embedded world's, or in the hub's cache."""
+    """Whether the base is a folder, the embedded world's, or in the hub's cache; ConfigError where it can be none."""
     from huggingface_hub import try_to_load_from_cache
 
     if recipe.base == "world" or Path(recipe.base).is_dir():
         return True
-    return isinstance(try_to_load_from_cache(recipe.base, "config.json", revision=recipe.revision), str)
+    _check_name(recipe)
+    with refusing(ConfigError, f"base = {recipe.base!r} is neither a model folder nor a name on the hub"):
+        return isinstance(try_to_load_from_cache(recipe.base, "config.json", revision=recipe.revision), str)
 
 
 def resolved_base(recipe: Recipe) -> str | None:

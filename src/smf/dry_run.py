@@ -68,10 +68,11 @@ def dry_run(recipe: Recipe) -> Plan:
     plan, tokenizer, config = Plan(), None, None
     _try(plan, lambda: check_output(Path(recipe.output)))
     _try(plan, lambda: check_target(recipe))
-    if on_this_machine(recipe):
+    here = _try(plan, lambda: on_this_machine(recipe))
+    if here:
         _try(plan, lambda: check_models(recipe))
         tokenizer, config = _try(plan, lambda: load_tokenizer(recipe)), _try(plan, lambda: base_config(recipe))
-    else:
+    elif here is not None:
         plan.unchecked.append(f"the base {recipe.base} is on the hub and not in its cache: its layers, sizes, tokens")
     plan.base = _about_base(recipe, config, tokenizer)
     found = _look_at_data(plan, recipe, tokenizer)
