@@ -197,7 +197,7 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     task, where, length = find_task(name), place(source, recipe.data), recipe.train.max_length
     if task.KIND == "harness":
         known = harness_task.parse(name, source.limit, source.first)
-        return ScoredSet(role, name, [known], hub=check_task(known, recipe.lm_eval_tasks, positions(recipe)))
+        return ScoredSet(role, name, [known], hub=_loaded_by_the_harness(recipe, wanted.table, known))
     longest = positions(recipe)
     if wanted.window > longest:
         raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
@@ -225,6 +225,16 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     items = [item | {"row": row.number} for item, row, _ in questions if item["id"] in kept]
     _refuse_twice(items, where)
     return ScoredSet(role, name, items, source.cluster, where=where)
+
+
+def _loaded_by_the_harness(recipe: Recipe, table: str, known: harness_task.HarnessTask) -> dict[str, str]:
+    """The revisions of a task's data sets, by name; an error names the recipe's table."""
+    try:
+        return check_task(known, recipe.lm_eval_tasks, positions(recipe))
+    except DataError as error:
+        raise DataError(
+            f"[{table.removesuffix('.source')}] {error}. Load it once while online, or remove the table"
+        ) from error
 
 
 def _id(row: Row, number: int | None) -> str:
