@@ -43,8 +43,29 @@ def check_models(recipe: Recipe) -> None:
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
-    """The base's tokenizer."""
-    return _from_base(AutoTokenizer, recipe)
+    """The base's tokenizer; ConfigError where it has tokens of which the base has no embedding."""
+    tokenizer = _from_base(AutoTokenizer, recipe)
+    _check_tokens(tokenizer, recipe)
+    return tokenizer
+
+
+def _check_tokens(tokenizer: Any, recipe: Recipe) -> None:
+    """Refuse tokens that the base cannot read, which files without an `eos_token` can get from their class.
+
+    Tokens that were added beside the vocabulary, as for images, may be more than a base of text reads: of these, those
+    that begin, end and pad sequences are looked at.
+    """
+    rows = getattr(base_config(recipe).get_text_config(), "vocab_size", None)
+    used = {f"{name}_token": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
+    used |= {"last token": tokenizer.vocab_size - 1}
+    for name, id in used.items():
+        if rows is not None and id is not None and id >= rows:
+            raise ConfigError(
+                f"base = {recipe.base!r}: the tokenizer's {name} {tokenizer.convert_ids_to_tokens(id)!r} has the id "
+                f"{id}, but the base's embedding has {rows} rows (the tokenizer has {len(tokenizer)} tokens). Name a "
+                "token that the base knows in tokenizer_config.json, or save the base with a row for each token "
+                "(model.resize_token_embeddings)"
+            )
 
 
 def load_base(recipe: Recipe) -> Any:
