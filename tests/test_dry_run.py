@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smf import methods
-from smf.base import load_base
+from smf.base import check_models, load_base
 from smf.dry_run import Plan, dry_run
 from smf.errors import ConfigError, SmfError
 from smf.plan import plan as costs_plan
@@ -107,6 +107,32 @@ def test_a_base_that_is_nowhere_is_a_problem_of_a_dry_run_and_an_error_of_a_plan
     assert problem.startswith(said) and not any("the base" in line and "hub" in line for line in plan.unchecked)
     with pytest.raises(ConfigError, match=said):
         costs_plan(load_recipe(world, [f'base="{base}"']))
+
+
+WRONG = "layer index 9 is out of range: the model has 4 decoder layers (0 to 3; from the end, -1 to -4); "
+LAST = "; [-1] is the last layer"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["memory.layers=[1, 9]"],
+            f"[memory] layers = [1, 9]: {WRONG}set memory.layers, or methods.NAME.layers{LAST}",
+        ),
+        (
+            ["methods.smf-healed.memory.layers=[9]"],
+            f"[methods.smf-healed.memory] layers = [9]: {WRONG}set methods.smf-healed.memory.layers, or "
+            f"methods.NAME.layers{LAST}",
+        ),
+        (["methods.lora.layers=[9]"], f"[methods.lora] layers = [9]: {WRONG}set methods.lora.layers{LAST}"),
+    ],
+)
+def test_layers_that_there_are_not_are_one_problem_naming_table_and_key(world: Path, settings: list[str], said: str):
+    assert plan_of(world, *settings).problems == [said]
+    with pytest.raises(ConfigError) as raised:
+        check_models(load_recipe(world, settings))
+    assert str(raised.value) == said
 
 
 @pytest.mark.parametrize(

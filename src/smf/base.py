@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import methods, world
-from .decoder import find_decoder, positions_of
-from .errors import ConfigError, refusing
+from .decoder import DecoderLayers, find_decoder, positions_of
+from .errors import ConfigError, UnsupportedModelError, refusing
 from .recipe import Recipe
 from .selection import find_rule
 from .sources import resolved
@@ -31,15 +33,42 @@ def check_models(recipe: Recipe) -> None:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         decoder = find_decoder(AutoModelForCausalLM.from_config(config))
-    for name, method in recipe.methods.items():
-        try:
-            methods.find_method(method.kind)
-            if method.kind in methods.BESIDE_THE_MLP:
-                find_rule(method.rule)
-                memory = methods.memory_config(recipe, method)
-                decoder.mlp_names(decoder.chosen(memory.layers), replace=memory.mode == "replacement")
-        except ConfigError as error:
-            raise ConfigError(f"[methods.{name}]: {error}") from error
+    for name in recipe.methods:
+        with naming_layers(recipe, name):
+            _check_method(recipe, name, decoder)
+
+
+def _check_method(recipe: Recipe, name: str, decoder: DecoderLayers) -> None:
+    method = recipe.methods[name]
+    try:
+        methods.find_method(method.kind)
+        if method.kind in methods.BESIDE_THE_MLP:
+            find_rule(method.rule)
+            memory = methods.memory_config(recipe, method)
+            decoder.mlp_names(decoder.chosen(memory.layers), replace=memory.mode == "replacement")
+        elif (
+            method.layers is not None and ":" not in method.kind
+        ):  # what a function of one's own does with layers is its affair
+            decoder.chosen(method.layers)
+    except ConfigError as error:
+        raise ConfigError(f"[methods.{name}]: {error}") from error
+
+
+@contextlib.contextmanager
+def naming_layers(recipe: Recipe, name: str) -> Iterator[None]:
+    """Where a method's layers do not fit the base: say which key of which table names them."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        method = recipe.methods[name]
+        table, options = (f"methods.{name}.memory", method.memory) if method.memory else ("memory", recipe.memory)
+        table, layers = (f"methods.{name}", method.layers) if method.layers is not None else (table, options.layers)
+        if layers is None:
+            raise
+        other = "" if method.layers is not None else ", or methods.NAME.layers"
+        raise ConfigError(
+            f"[{table}] layers = {layers}: {error}; set {table}.layers{other}; [-1] is the last layer"
+        ) from error
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import methods
-from .base import base_config, check_models, load_tokenizer, on_this_machine
+from .base import base_config, check_models, load_tokenizer, naming_layers, on_this_machine
 from .costs import costs_of, model_of, skeleton
 from .data import Example, ScoredSet, encode
 from .epoch_cache import disk_bytes
@@ -79,7 +79,7 @@ def dry_run(recipe: Recipe) -> Plan:
     examples, longest = _amounts(recipe, found)
     _look_at_disk(plan, recipe, config, found.get("target.train"))
     for name, method in recipe.methods.items():
-        trained = None if config is None else _try(plan, lambda method=method: _trained(recipe, method, config))
+        trained = None if config is None else _try(plan, lambda name=name: _trained(recipe, name, config))
         plan.methods.append((name, method.kind, *_about_method(recipe, method, config, examples, longest, trained)))
     return plan
 
@@ -90,7 +90,7 @@ def _try(plan: Plan, look: Callable[[], Any]) -> Any:
     except HubError:
         raise
     except SmfError as error:
-        if str(error) not in plan.problems:
+        if not any(str(error) in known or known in str(error) for known in plan.problems):
             plan.problems.append(str(error))
         return None
 
@@ -240,9 +240,11 @@ class Trained(NamedTuple):
     rows: str = ""
 
 
-def _trained(recipe: Recipe, method: Method, config: Any) -> Trained | None:
+def _trained(recipe: Recipe, name: str, config: Any) -> Trained | None:
     """What a method trains; None where nobody can say before it is made."""
-    model = model_of(recipe, method, config)
+    method = recipe.methods[name]
+    with naming_layers(recipe, name):
+        model = model_of(recipe, method, config)
     if model is None:
         return None
     trained = {id(p): p.numel() for n, p in model.named_parameters() if p.requires_grad}
