@@ -46,9 +46,7 @@ def _check_method(recipe: Recipe, name: str, decoder: DecoderLayers) -> None:
             find_rule(method.rule)
             memory = methods.memory_config(recipe, method)
             decoder.mlp_names(decoder.chosen(memory.layers), replace=memory.mode == "replacement")
-        elif (
-            method.layers is not None and ":" not in method.kind
-        ):  # what a function of one's own does with layers is its affair
+        elif method.layers is not None and ":" not in method.kind:  # what they are to one's own function is its affair
             decoder.chosen(method.layers)
     except ConfigError as error:
         raise ConfigError(f"[methods.{name}]: {error}") from error
