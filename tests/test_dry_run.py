@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from smf import methods
+from smf import cli, methods
 from smf.base import check_models, load_base
 from smf.dry_run import Plan, dry_run
 from smf.errors import ConfigError, SmfError
+from smf.options import Overrides
 from smf.plan import plan as costs_plan
 from smf.prepare import load
 from smf.recipe_file import load_recipe
-from tiny import WORDS, make_world, question, write_lines
+from tiny import WORDS, make_base, make_tokenizer, make_world, question, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,47 @@ def test_overlaps_that_loading_refuses_are_problems(world: Path, settings: list[
     with pytest.raises(SmfError) as raised:
         load(load_recipe(world, settings))
     assert str(raised.value) == problem
+
+
+def test_a_dry_run_ends_with_a_verdict_and_leaves_nothing_behind(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Also where nothing of a run's own folders is there yet."""
+    output = tmp_path / "some" / "where"
+    monkeypatch.setattr(sys, "argv", ["smf", "compare", str(world), "--dry-run", "--set", "memory.layers=[1, 2]"])
+    cli.compare(world, dry_run=True, overrides=Overrides(output=str(output)))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        f"Nothing here would stop this run; start it: smf compare {world} --set 'memory.layers=[1, 2]'; results go to "
+        f"{output}"
+    )
+    with pytest.raises(ConfigError, match="1 problem would stop this run; it is listed above"):
+        cli.compare(world, dry_run=True, overrides=Overrides(output=str(output), set=("memory.layers=[9]",)))
+    two = ("memory.layers=[9]", "target.train.path=none.jsonl")
+    with pytest.raises(ConfigError, match="2 problems would stop this run; they are listed above"):
+        cli.compare(world, dry_run=True, overrides=Overrides(output=str(output), set=two))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    (problem,) = plan_of(world, f"output={tmp_path}/file/runs").problems
+    assert problem.startswith(f"output = '{tmp_path}/file/runs' cannot be written: ")
+
+
+def test_the_tokenizer_does_not_warn_of_what_is_cut(world: Path):
+    (own := make_tokenizer()).model_max_length = 4
+    own.save_pretrained(world.parent / "short")
+    make_base().save_pretrained(world.parent / "short")
+    recipe, said = load_recipe(world, [f"base={world.parent}/short"]), []
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        load(recipe)
+        assert said == []
+        own(" ".join(WORDS))  # which says so where nobody asks it not to
+        assert len(said) == 1
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_text_that_no_method_trains_on_may_be_scored(world: Path):

@@ -73,6 +73,8 @@ def load_tokenizer(recipe: Recipe) -> Any:
     """The base's tokenizer; ConfigError where it has tokens of which the base has no embedding."""
     tokenizer = _from_base(AutoTokenizer, recipe)
     _check_tokens(tokenizer, recipe)
+    # as said already: what is longer than the base reads is cut, or refused in our own words
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

@@ -62,11 +62,18 @@ class Plan:
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
+    def verdict(self) -> str:
+        """Whether something would stop the run, in words."""
+        if not self.problems:
+            return "Nothing here would stop this run" + (", but what is not checked may" if self.unchecked else "")
+        several = len(self.problems) > 1
+        return f"{len(self.problems)} problem{'s' * several} would stop this run; {'they are' if several else 'it is'}"
+
 
 def dry_run(recipe: Recipe) -> Plan:
     """Look at everything that lies on this machine, and at nothing on the hub but its cache."""
     plan, tokenizer, config = Plan(), None, None
-    _try(plan, lambda: check_output(Path(recipe.output)))
+    _try(plan, lambda: check_output(Path(recipe.output), make=False))
     _try(plan, lambda: check_target(recipe))
     here = _try(plan, lambda: on_this_machine(recipe))
     if here:

@@ -291,10 +291,12 @@ def revisions(recipe: Recipe, scored: Mapping[str, ScoredSet]) -> dict[str, str]
     return dict(sorted(found.items())) | ({recipe.base: base} if base else {})
 
 
-def check_output(folder: Path) -> None:
-    """Refuse an output folder that cannot be written."""
+def check_output(folder: Path, *, make: bool = True) -> None:
+    """Refuse an output folder that cannot be written; unless it is to be made, the folder that it would be made in."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        whole = folder.absolute()
+        tempfile.TemporaryFile(dir=next(place for place in (whole, *whole.parents) if place.exists())).close()
     except OSError as error:
         raise ConfigError(f"output = {str(folder)!r} cannot be written: {error}; give another --output") from error
