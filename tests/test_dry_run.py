@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,29 @@ def test_a_dry_run_ends_with_a_verdict_and_leaves_nothing_behind(
     (tmp_path / "file").touch()
     (problem,) = plan_of(world, f"output={tmp_path}/file/runs").problems
     assert problem.startswith(f"output = '{tmp_path}/file/runs' cannot be written: ")
+
+
+@pytest.mark.parametrize(
+    ("table", "base"),
+    [
+        ("target.train", ""),
+        ("background.source", ""),
+        ("probes.stories.source", ""),
+        ("target.eval.exam", 'base="nobody/nothing"'),
+        ("heal.source", 'base="nobody/nothing"'),
+    ],
+)
+def test_a_missing_file_is_named_with_its_table_and_the_hub_where_there_is_one(world: Path, table: str, base: str):
+    settings = [f"{table}.path=none.jsonl", *filter(None, [base])]
+    folder = world.parent / "data"
+    said = (
+        f"[{table}]: no data file at {folder}/none.jsonl; set its path, or give --data the folder that has 'none.jsonl'"
+    )
+    assert plan_of(world, *settings).problems == [said]
+    assert plan_of(world, *settings, f"{table}.hub=a/b").problems == [f"{said}, or hub, which has a/b"]
+    if not base:
+        with pytest.raises(SmfError, match=re.escape(said)):
+            load(load_recipe(world, settings))
 
 
 def test_the_tokenizer_does_not_warn_of_what_is_cut(world: Path):

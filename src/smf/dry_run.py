@@ -178,7 +178,7 @@ def _loaders(recipe: Recipe, tokenizer: Any) -> dict[str, Callable[[], Any]]:
         loaders["background.source"] = lambda: _documents(recipe, tokenizer)
     for table in ("heal.source", "replay.source"):
         if tokenizer is None:
-            loaders[table] = lambda table=table: load_texts(own[table], recipe.data, recipe.parts)
+            loaders[table] = lambda table=table: load_texts(own[table], recipe.data, recipe.parts, table)
         else:
             loaders[table] = lambda table=table: load_text(recipe, own[table], tokenizer)
     return loaders

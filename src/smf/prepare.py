@@ -106,7 +106,7 @@ def scored_rows(recipe: Recipe, wanted: Asked) -> list[Any]:
     """The rows that a set asks about or reads, checked as far as that needs no tokenizer."""
     task, source = find_task(wanted.task), wanted.source
     if task.KIND == "text":
-        return load_texts(source, recipe.data, recipe.parts)
+        return load_texts(source, recipe.data, recipe.parts, wanted.table)
     forms = getattr(task, "FORMS", ())
     if source.form and source.form not in forms:
         raise ConfigError(f"[{wanted.table}] form = {source.form!r}; task {wanted.task!r} has {list(forms) or 'none'}")
@@ -115,9 +115,14 @@ def scored_rows(recipe: Recipe, wanted: Asked) -> list[Any]:
 
 def _checked_rows(recipe: Recipe, task: Any, source: Source) -> list[Any]:
     where = place(source, recipe.data)
-    given = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
+    given = load_rows(source, recipe.data, recipe.parts, task.COLUMNS, _table_of(recipe, source))
     with refusing(DataError, where):
         return task.select(given, where)
+
+
+def _table_of(recipe: Recipe, source: Source) -> str:
+    """The recipe's table that a source is; "" for one that is none of its own."""
+    return next((table for table, own in sources(recipe).items() if own is source), "")
 
 
 def load_scored(recipe: Recipe) -> tuple[Any, dict[str, ScoredSet]]:
@@ -259,7 +264,7 @@ def _refuse_twice(items: list[dict[str, Any]], where: str) -> None:
 
 def load_text(recipe: Recipe, source: Source, tokenizer: Any) -> list[Example]:
     """Windows of plain text to train on."""
-    rows, length = load_texts(source, recipe.data, recipe.parts), recipe.train.max_length
+    rows, length = load_texts(source, recipe.data, recipe.parts, _table_of(recipe, source)), recipe.train.max_length
     with refusing(DataError, place(source, recipe.data)):
         made = find_task("perplexity").examples(rows, source.column, tokenizer, length)
         return _some(made, place(source, recipe.data), source)
@@ -274,7 +279,7 @@ def _some(examples: list[Example], where: str, source: Source) -> list[Example]:
 
 def load_documents(recipe: Recipe, source: Source) -> list[str]:
     """Texts of a source that are not blank."""
-    rows = load_texts(source, recipe.data, recipe.parts)
+    rows = load_texts(source, recipe.data, recipe.parts, _table_of(recipe, source))
     return [row[source.column] for row in rows if row[source.column].strip()]
 
 
