@@ -122,7 +122,9 @@ def _is_text(hint: Any, value: Any) -> bool:
 def _refuse_new_methods(setting: str, given: dict[str, Any], table: dict[str, Any]) -> None:
     """A mistyped name must not make a method of defaults; a new one is given whole, with its kind."""
     known, methods = table.get("methods"), given.get("methods")
-    for name, keys in methods.items() if isinstance(methods, dict) and isinstance(known, dict) else ():
+    if not isinstance(methods, dict) or not isinstance(known, dict):
+        return
+    for name, keys in methods.items():
         if name not in known and isinstance(keys, dict) and "kind" not in keys:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             hint = f"; did you mean {near[0]!r}?" if near else "."
