@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +15,15 @@ import torch
 from transformers import get_scheduler
 
 from smf import cli, methods
-from smf.base import load_base
+from smf.base import check_models, load_base
 from smf.doubts import warmup_doubts
 from smf.dry_run import Plan, dry_run
 from smf.errors import ConfigError, SmfError
+from smf.options import Overrides
+from smf.plan import plan as costs_plan
 from smf.prepare import load
 from smf.recipe_file import load_recipe
-from tiny import WORDS, make_world, question, write_lines
+from tiny import WORDS, make_base, make_tokenizer, make_world, question, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,70 @@ def test_overlaps_that_loading_refuses_are_problems(world: Path, settings: list[
     with pytest.raises(SmfError) as raised:
         load(load_recipe(world, settings))
     assert str(raised.value) == problem
+
+
+def test_a_dry_run_ends_with_a_verdict_and_leaves_nothing_behind(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Also where nothing of a run's own folders is there yet."""
+    output = tmp_path / "some" / "where"
+    monkeypatch.setattr(sys, "argv", ["smf", "compare", str(world), "--dry-run", "--set", "memory.layers=[1, 2]"])
+    cli.compare(world, dry_run=True, overrides=Overrides(output=str(output)))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        f"Nothing here would stop this run; start it: smf compare {world} --set 'memory.layers=[1, 2]'; results go to "
+        f"{output}"
+    )
+    with pytest.raises(ConfigError, match="1 problem would stop this run; it is listed above"):
+        cli.compare(world, dry_run=True, overrides=Overrides(output=str(output), set=("memory.layers=[9]",)))
+    two = ("memory.layers=[9]", "target.train.path=none.jsonl")
+    with pytest.raises(ConfigError, match="2 problems would stop this run; they are listed above"):
+        cli.compare(world, dry_run=True, overrides=Overrides(output=str(output), set=two))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    (problem,) = plan_of(world, f"output={tmp_path}/file/runs").problems
+    assert problem.startswith(f"output = '{tmp_path}/file/runs' cannot be written: ")
+
+
+@pytest.mark.parametrize(
+    ("table", "base"),
+    [
+        ("target.train", ""),
+        ("background.source", ""),
+        ("probes.stories.source", ""),
+        ("target.eval.exam", 'base="nobody/nothing"'),
+        ("heal.source", 'base="nobody/nothing"'),
+    ],
+)
+def test_a_missing_file_is_named_with_its_table_and_the_hub_where_there_is_one(world: Path, table: str, base: str):
+    settings = [f"{table}.path=none.jsonl", *filter(None, [base])]
+    folder = world.parent / "data"
+    said = (
+        f"[{table}]: no data file at {folder}/none.jsonl; set its path, or give --data the folder that has 'none.jsonl'"
+    )
+    assert plan_of(world, *settings).problems == [said]
+    assert plan_of(world, *settings, f"{table}.hub=a/b").problems == [f"{said}, or hub, which has a/b"]
+    if not base:
+        with pytest.raises(SmfError, match=re.escape(said)):
+            load(load_recipe(world, settings))
+
+
+def test_the_tokenizer_does_not_warn_of_what_is_cut(world: Path):
+    (own := make_tokenizer()).model_max_length = 4
+    own.save_pretrained(world.parent / "short")
+    make_base().save_pretrained(world.parent / "short")
+    recipe, said = load_recipe(world, [f"base={world.parent}/short"]), []
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        load(recipe)
+        assert said == []
+        own(" ".join(WORDS))  # which says so where nobody asks it not to
+        assert len(said) == 1
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_text_that_no_method_trains_on_may_be_scored(world: Path):
@@ -96,6 +164,47 @@ def test_memory_is_that_of_the_most_of_training_healing_and_scoring(world: Path)
     assert healed > 4 * plain  # its moments and old rows, all of them
     (tokens,) = [tokens for table, _, _, tokens, _ in plan_of(world).sets if table == "background.source"]
     assert tokens.endswith("each")
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("/no/such/folder", "base = '/no/such/folder': there is no model folder; give --base a folder or a hub name"),
+        ("no name", "base = 'no name' is neither a model folder nor a name on the hub: HFValidationError: "),
+    ],
+)
+def test_a_base_that_is_nowhere_is_a_problem_of_a_dry_run_and_an_error_of_a_plan(world: Path, base: str, said: str):
+    plan = plan_of(world, f'base="{base}"')
+    (problem,) = plan.problems
+    assert problem.startswith(said) and not any("the base" in line and "hub" in line for line in plan.unchecked)
+    with pytest.raises(ConfigError, match=said):
+        costs_plan(load_recipe(world, [f'base="{base}"']))
+
+
+WRONG = "layer index 9 is out of range: the model has 4 decoder layers (0 to 3; from the end, -1 to -4); "
+LAST = "; [-1] is the last layer"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["memory.layers=[1, 9]"],
+            f"[memory] layers = [1, 9]: {WRONG}set memory.layers, or methods.NAME.layers{LAST}",
+        ),
+        (
+            ["methods.smf-healed.memory.layers=[9]"],
+            f"[methods.smf-healed.memory] layers = [9]: {WRONG}set methods.smf-healed.memory.layers, or "
+            f"methods.NAME.layers{LAST}",
+        ),
+        (["methods.lora.layers=[9]"], f"[methods.lora] layers = [9]: {WRONG}set methods.lora.layers{LAST}"),
+    ],
+)
+def test_layers_that_there_are_not_are_one_problem_naming_table_and_key(world: Path, settings: list[str], said: str):
+    assert plan_of(world, *settings).problems == [said]
+    with pytest.raises(ConfigError) as raised:
+        check_models(load_recipe(world, settings))
+    assert str(raised.value) == said
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from smf.doubts import doubts
-from smf.errors import ConfigError
+from smf.errors import ConfigError, DataError
 from smf.harness import check_task, task_records
+from smf.prepare import load_set
+from smf.recipe import asked as recipe_asked
+from smf.recipe_file import load_recipe
 from smf.tasks import harness_task
-from tiny import WORDS, make_base, make_tokenizer, write_lines
+from tiny import WORDS, make_base, make_tokenizer, make_world, write_lines
 
 TOKENIZER = make_tokenizer()
 TASK = """task: {name}
@@ -42,6 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     write_lines(made / "rows.jsonl", rows)
     for name, text in OWN.items():
         (made / f"{name}.yaml").write_text(TASK.format(name=name, folder=made) + text)
+    away = "task: away\ndataset_path: nobody/nothing\ntest_split: train\n"
+    (made / "away.yaml").write_text(away + OWN["picks"])
     return str(made)
 
 
@@ -91,6 +97,19 @@ def test_what_no_document_has_as_its_score_is_refused_before_work(task: str, sai
     with pytest.raises(ConfigError, match=said):
         check_task(asked(task), folder, 512)
     check_task(asked("picks:acc_norm"), folder, 512)
+
+
+def test_a_data_set_that_cannot_be_loaded_is_one_error_naming_table_task_data_set_and_remedy(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = load_recipe(make_world(tmp_path), ['probes.hs.task="lm_eval:away"', f'lm_eval_tasks="{folder}"'])
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError) as raised:
+        load_set(recipe, recipe_asked(recipe)["hs"], TOKENIZER)
+    said = str(raised.value)
+    assert said.startswith("[probes.hs] lm_eval task 'away': its data set nobody/nothing cannot be loaded: ")
+    assert said.endswith(". Load it once while online, or remove the table")
+    assert raised.value.__cause__ is not None and isinstance(raised.value.__cause__.__cause__, OSError)
 
 
 def test_a_score_that_is_better_when_lower_stands_there_as_its_negative(folder: str):

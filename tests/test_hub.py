@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 import smf.train
 from smf.data import Loaded
+from smf.errors import ConfigError
 from smf.prepare import load
 from smf.recipe import sources
 from smf.recipe_file import SHIPPED, load_recipe
@@ -188,3 +190,24 @@ def test_settings_replace_keys_however_deep(tmp_path: Path):
     chosen = 'target.train.where={choice_type=["single"]}'
     assert load_recipe(recipe, [chosen]).target.train.where == {"choice_type": ["single"]}
     assert load_recipe(recipe, [chosen, "target.train.where={}"]).target.train.where == {}  # empties a table
+
+
+def test_texts_in_settings_need_no_quotes_and_other_values_are_toml(tmp_path: Path):
+    recipe = make_world(tmp_path)
+    found = load_recipe(recipe, ["target.train.path=a b.jsonl", "methods.smf.rule=tf", "probes.stories.source.part= x"])
+    assert found.target.train.path == "a b.jsonl" and found.methods["smf"].rule == "tf"
+    assert found.probes["stories"].source.part == "x" and found.methods["smf"].lr == 0.05
+    assert load_recipe(recipe, ["target.validation.split=v", "lm_eval_tasks=t#1"]).lm_eval_tasks == "t#1"
+    for setting in ("train.max_length=abc", "target.train=x.jsonl", "memory.layers=[0,", "nothing", "a.b.c=d", "="):
+        with pytest.raises(ConfigError, match=re.escape(f"--set {setting!r} is not TOML: ")) as raised:
+            load_recipe(recipe, [setting])
+        assert '="TEXT"\' for a text' in str(raised.value)
+
+
+@pytest.mark.parametrize("setting", ["methods.smg.lr=1.0", "methods={smg={lr=1.0}}"])
+def test_settings_change_methods_that_there_are_and_make_whole_ones_only(setting: str, tmp_path: Path):
+    recipe = make_world(tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no method 'smg'; did you mean 'smf'\?.*A new one needs its kind"):
+        load_recipe(recipe, [setting])
+    new = load_recipe(recipe, ['methods.new={kind="lora", lr=0.5}', "methods.new.lr=0.25"]).methods["new"]
+    assert (new.kind, new.lr) == ("lora", 0.25)

@@ -188,8 +188,9 @@ def test_where_nothing_finished_it_is_said_what_failed(tmp_path: Path, monkeypat
     (tmp_path / "own.toml").write_text(to_toml(own))
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr(smf.compare, "run_missing", lambda recipe, runs, ray: runs)
-    with pytest.raises(TrainingError, match="did not finish"):
+    with pytest.raises(TrainingError, match="did not finish") as raised:
         cli.compare(tmp_path / "own.toml", cli.Comparing())
+    assert "are kept" not in str(raised.value) and "The same command goes on" in str(raised.value)
 
 
 def try_run(own: Recipe, name: str, monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> Path:

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from smf.base import load_tokenizer
 from smf.data import encode
 from smf.dry_run import dry_run
+from smf.errors import ConfigError
 from smf.harness import answer_records, choice_records
 from smf.prepare import load
 from smf.recipe_file import load_recipe
@@ -144,3 +145,31 @@ def test_a_whole_run_without_special_tokens_trains_and_scores_every_kind_of_task
     assert set(after) == {"exam", "validation", "stories", "questions", "encyclopedia", "pairs", "harness"}
     assert after["exam"]["metrics"]["loss"] != before["exam"]["metrics"]["loss"]
     assert len(loaded.tokenizer) == len(make_tokenizer()) and loaded.tokenizer.pad_token is None
+
+
+@pytest.mark.parametrize("name", ["eos", "pad"])
+def test_a_token_that_the_base_has_no_embedding_of_is_refused_by_run_and_dry_run(name: str, tmp_path: Path):
+    path = make_world(tmp_path)
+    known = len(make_tokenizer())
+    model = make_base()
+    model.resize_token_embeddings(known)
+    model.save_pretrained(tmp_path / "base")
+    assert dry_run(load_recipe(path)).problems == []
+    more = PreTrainedTokenizerFast(
+        tokenizer_object=make_tokenizer().backend_tokenizer, **(SPECIAL | {f"{name}_token": "<new>"})
+    )
+    more.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError) as raised:
+        load(load_recipe(path))
+    said = f"the tokenizer's {name}_token '<new>' has the id {known}, but the base's embedding has {known} rows (the "
+    assert said + f"tokenizer has {known + 1} tokens)" in str(raised.value)
+    assert dry_run(load_recipe(path)).problems == [str(raised.value)]
+
+
+def test_a_vocabulary_that_is_larger_than_the_bases_embedding_is_refused(tmp_path: Path):
+    path = make_world(tmp_path)
+    model = make_base()
+    model.resize_token_embeddings(100)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match="last token 'word119' has the id 134, but the base's embedding has 100 rows"):
+        load_tokenizer(load_recipe(path))

@@ -293,7 +293,20 @@ def test_equal_rows_have_equal_ids_and_others_do_not():
         ({"prompt": "word1", "completion": " "}, PLAIN, "column 'completion' = ' '"),
         ({"prompt": 3, "completion": "word1"}, PLAIN, "column 'prompt' = 3"),
         ({"text": ""}, PLAIN, "column 'text' = ''"),
-        ({"question": "x"}, PLAIN, "there are ['question']"),
+        ({"question": "x"}, PLAIN, "no column that is read; expected 'messages', or 'prompt' and 'completion', or"),
+        ({"question": "x"}, PLAIN, "'text'; there are ['question']"),
+        (
+            {"prompt": "x"},
+            PLAIN,
+            "column 'completion' is not there, so its 'prompt' has no answer; expected 'messages'",
+        ),
+        ({"prompt": "x", "completion": None}, PLAIN, "column 'completion' is null or missing in this row, so its"),
+        ({"prompt": None, "completion": "x"}, PLAIN, "column 'prompt' = None; expected a text"),
+        (
+            {"prompt": None, "completion": None},
+            PLAIN,
+            "of columns ['prompt', 'completion'] all are null or missing in this row; expected",
+        ),
     ],
 )
 def test_bad_rows_of_ones_own_name_file_row_and_column(row, template, said):

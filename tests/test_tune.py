@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from smf import cli
 from smf.compare import result_path
 from smf.errors import ConfigError, DataError
 from smf.files import write_atomically
-from smf.prepare import load
-from smf.recipe import Recipe
+from smf.prepare import load, scored_rows, training_rows
+from smf.recipe import Recipe, asked
 from smf.recipe_file import load_recipe, to_toml
 from smf.runs import read_runs
 from smf.summary import summarise
 from smf.tune import at_rate, tune, tuned_recipe, tuned_toml, tuning_table
-from tiny import make_world
+from tiny import make_world, write_lines
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -208,6 +209,31 @@ def test_tuning_without_validation_rows_is_refused(world: Path):
         tune(replace(recipe, match=["lore"]))
     with pytest.raises(ConfigError, match="'base' has no learning rate"):
         tune(replace(recipe, match=["base"]))
+
+
+def test_what_is_said_where_there_are_no_validation_rows_makes_them():
+    with pytest.raises(ConfigError) as raised:
+        tune(load_recipe("your_data.toml"))
+    (setting,) = re.findall(r"--set (\S+)\.", str(raised.value))
+    validation = load_recipe("your_data.toml", [setting]).target.validation
+    assert validation is not None and validation.path == "validation.jsonl"
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages", "text"])
+def test_the_share_of_training_rows_that_docs_show_is_not_trained(column: str, tmp_path: Path):
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    (shown,) = re.findall(r"```toml\n(\[parts\].*?)```", text, re.DOTALL)
+    said = [{"role": "user", "content": "ask"}]
+    own: Any = {
+        "prompt": lambda i: {"prompt": f"ask {i}", "completion": "say"},
+        "messages": lambda i: {"messages": [*said, {"role": "assistant", "content": f"say {i}"}]},
+        "text": lambda i: {"text": f"say {i}"},
+    }[column]
+    write_lines(tmp_path / "train.jsonl", [own(i) for i in range(200)])
+    recipe = load_recipe("your_data.toml", [shown.replace('"prompt"', f'"{column}"')], data=str(tmp_path))
+    train, tested = training_rows(recipe), scored_rows(recipe, asked(recipe)["validation"])
+    numbers = [row.number for row in (*train, *tested)]
+    assert sorted(numbers) == list(range(1, 201)) and 0 < len(tested) < 30
 
 
 def test_tune_command_resumes_and_its_runs_are_those_of_compare(tmp_path: Path):

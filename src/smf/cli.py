@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -140,7 +141,9 @@ def _print_plan(recipe: Any) -> None:
         if lines:
             print(f"{title}:", *lines, sep="\n  ")
     if plan.problems:
-        raise ConfigError(f"{len(plan.problems)} problems would stop this run; they are listed above")
+        raise ConfigError(f"{plan.verdict()} listed above")
+    command = shlex.join(["smf", *(word for word in sys.argv[1:] if word.replace("_", "-") != "--dry-run")])
+    print(f"{plan.verdict()}; start it: {command}; results go to {recipe.output}")
 
 
 def _with_reference(methods: tuple[str, ...], against: str | None) -> tuple[str, ...]:

@@ -57,9 +57,10 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1, ray: str |
     ]
     failed = run_missing(recipe, runs, ray)
     if failed:
+        kept = f"The others are kept, `smf report {recipe.output}` shows them; t" if len(failed) < len(runs) else "T"
         raise TrainingError(
-            f"these methods did not finish: {[_title(*run) for run in failed]}; what went wrong is printed above. The "
-            f"others are kept, `smf report {recipe.output}` shows them; the same command goes on where it stopped"
+            f"these methods did not finish: {[_title(*run) for run in failed]}; what went wrong is printed above. "
+            f"{kept}he same command goes on where it stopped"
         )
     return [read_result(result_path(*run)) for run in runs]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import methods
-from .base import base_config, check_models, load_tokenizer, on_this_machine
+from .base import base_config, check_models, load_tokenizer, naming_layers, on_this_machine
 from .costs import costs_of, model_of, skeleton
 from .data import Example, ScoredSet, encode
 from .doubts import warmup_doubts
@@ -65,16 +65,24 @@ class Plan:
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
+    def verdict(self) -> str:
+        """Whether something would stop the run, in words."""
+        if not self.problems:
+            return "Nothing here would stop this run" + (", but what is not checked may" if self.unchecked else "")
+        several = len(self.problems) > 1
+        return f"{len(self.problems)} problem{'s' * several} would stop this run; {'they are' if several else 'it is'}"
+
 
 def dry_run(recipe: Recipe) -> Plan:
     """Look at everything that lies on this machine, and at nothing on the hub but its cache."""
     plan, tokenizer, config = Plan(), None, None
-    _try(plan, lambda: check_output(Path(recipe.output)))
+    _try(plan, lambda: check_output(Path(recipe.output), make=False))
     _try(plan, lambda: check_target(recipe))
-    if on_this_machine(recipe):
+    here = _try(plan, lambda: on_this_machine(recipe))
+    if here:
         _try(plan, lambda: check_models(recipe))
         tokenizer, config = _try(plan, lambda: load_tokenizer(recipe)), _try(plan, lambda: base_config(recipe))
-    else:
+    elif here is not None:
         plan.unchecked.append(f"the base {recipe.base} is on the hub and not in its cache: its layers, sizes, tokens")
     plan.base = _about_base(recipe, config, tokenizer)
     found = _look_at_data(plan, recipe, tokenizer)
@@ -83,7 +91,7 @@ def dry_run(recipe: Recipe) -> Plan:
     if (steps := _steps(recipe, examples)) is not None:
         plan.doubts += warmup_doubts(recipe.train.warmup_steps, steps)
     for name, method in recipe.methods.items():
-        trained = None if config is None else _try(plan, lambda method=method: _trained(recipe, method, config))
+        trained = None if config is None else _try(plan, lambda name=name: _trained(recipe, name, config))
         plan.methods.append((name, method.kind, *_about_method(recipe, method, config, examples, longest, trained)))
     return plan
 
@@ -103,7 +111,7 @@ def _try(plan: Plan, look: Callable[[], Any]) -> Any:
     except HubError:
         raise
     except SmfError as error:
-        if str(error) not in plan.problems:
+        if not any(str(error) in known or known in str(error) for known in plan.problems):
             plan.problems.append(str(error))
         return None
 
@@ -184,7 +192,7 @@ def _loaders(recipe: Recipe, tokenizer: Any) -> dict[str, Callable[[], Any]]:
         loaders["background.source"] = lambda: _documents(recipe, tokenizer)
     for table in ("heal.source", "replay.source"):
         if tokenizer is None:
-            loaders[table] = lambda table=table: load_texts(own[table], recipe.data, recipe.parts)
+            loaders[table] = lambda table=table: load_texts(own[table], recipe.data, recipe.parts, table)
         else:
             loaders[table] = lambda table=table: load_text(recipe, own[table], tokenizer)
     return loaders
@@ -257,9 +265,11 @@ class Trained(NamedTuple):
     rows: str = ""
 
 
-def _trained(recipe: Recipe, method: Method, config: Any) -> Trained | None:
+def _trained(recipe: Recipe, name: str, config: Any) -> Trained | None:
     """What a method trains; None where nobody can say before it is made."""
-    model = model_of(recipe, method, config)
+    method = recipe.methods[name]
+    with naming_layers(recipe, name):
+        model = model_of(recipe, method, config)
     if model is None:
         return None
     trained = {id(p): p.numel() for n, p in model.named_parameters() if p.requires_grad}

@@ -174,10 +174,22 @@ def _choices_of(sample: dict[str, Any], metric: Metric, task: Any) -> dict[str, 
 
 
 def load_task(name: str, folder: str) -> Any:
-    """One of the harness's tasks, groups or tags with its documents; raises ConfigError for a name it does not know."""
+    """One of the harness's tasks, groups or tags with its documents.
+
+    Raises:
+        ConfigError: for a name that it does not know.
+        DataError: for a data set that neither this machine nor the hub has.
+    """
     check_name(HarnessTask(name, ""), folder)
-    with _quiet("lm_eval"):
-        return _manager(folder).load([name])
+    try:
+        with _quiet("lm_eval"):
+            return _manager(folder).load([name])
+    except Exception as error:  # no network, no such data set, split or column: many classes
+        path = _task_file(name, folder).get("dataset_path")  # of a group nothing: the error names it
+        raise DataError(
+            f"lm_eval task {name!r}: its data set{f' {path}' if path else ''} cannot be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def check_name(asked: HarnessTask, folder: str) -> None:
@@ -186,17 +198,22 @@ def check_name(asked: HarnessTask, folder: str) -> None:
     Raises:
         ConfigError: with names that are near.
     """
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     manager = _manager(folder)
     if asked.name not in manager.all_tasks:
         near = difflib.get_close_matches(asked.name, manager.all_tasks, n=3)
         raise ConfigError(f"lm-evaluation-harness has no task {asked.name!r}{f'; near: {near}' if near else ''}")
-    file = manager.task_index[asked.name].yaml_path
-    config = load_yaml(file, resolve_func=False) if file else {}  # of groups, and of tasks in Python, it says little
+    config = _task_file(asked.name, folder)
     metrics = [each["metric"] for each in config.get("metric_list") or []]
     filters = [each["name"] for each in config.get("filter_list") or []]
     _check_words(asked, asked.name, config.get("output_type"), metrics, filters)
+
+
+def _task_file(name: str, folder: str) -> dict[str, Any]:
+    """What the file of a task says; of groups, and of tasks in Python, it is little."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    file = _manager(folder).task_index[name].yaml_path
+    return load_yaml(file, resolve_func=False) if file else {}
 
 
 def check_task(asked: HarnessTask, folder: str, window: int) -> dict[str, str]:
@@ -210,6 +227,7 @@ def check_task(asked: HarnessTask, folder: str, window: int) -> dict[str, str]:
     Raises:
         ConfigError: for a name, metric or filter that the harness does not have, for a metric that is no mean over
             documents, and where the window has no room for answers.
+        DataError: where its data set cannot be loaded.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 

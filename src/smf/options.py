@@ -34,7 +34,7 @@ class Overrides:
     limit: int | None = None
     """Score at most so many rows of every set, the first ones; 0: all rows, whatever the recipe's limits."""
     set: tuple[str, ...] = ()
-    """Any other keys, as in the recipe: train.max_length=256 memory.layers=[0,1] methods.lora.lr=3e-3."""
+    """Any other keys, as in the recipe: train.max_length=256 'memory.layers=[0, 1]' target.train.path=mine.jsonl."""
 
     def load(self, path: Path) -> Any:
         """The recipe at `path` with these keys in place of its own."""

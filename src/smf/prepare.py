@@ -106,7 +106,7 @@ def scored_rows(recipe: Recipe, wanted: Asked) -> list[Any]:
     """The rows that a set asks about or reads, checked as far as that needs no tokenizer."""
     task, source = find_task(wanted.task), wanted.source
     if task.KIND == "text":
-        return load_texts(source, recipe.data, recipe.parts)
+        return load_texts(source, recipe.data, recipe.parts, wanted.table)
     forms = getattr(task, "FORMS", ())
     if source.form and source.form not in forms:
         raise ConfigError(f"[{wanted.table}] form = {source.form!r}; task {wanted.task!r} has {list(forms) or 'none'}")
@@ -115,9 +115,14 @@ def scored_rows(recipe: Recipe, wanted: Asked) -> list[Any]:
 
 def _checked_rows(recipe: Recipe, task: Any, source: Source) -> list[Any]:
     where = place(source, recipe.data)
-    given = load_rows(source, recipe.data, recipe.parts, task.COLUMNS)
+    given = load_rows(source, recipe.data, recipe.parts, task.COLUMNS, _table_of(recipe, source))
     with refusing(DataError, where):
         return task.select(given, where)
+
+
+def _table_of(recipe: Recipe, source: Source) -> str:
+    """The recipe's table that a source is; "" for one that is none of its own."""
+    return next((table for table, own in sources(recipe).items() if own is source), "")
 
 
 def load_scored(recipe: Recipe) -> tuple[Any, dict[str, ScoredSet]]:
@@ -197,7 +202,7 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     task, where, length = find_task(name), place(source, recipe.data), recipe.train.max_length
     if task.KIND == "harness":
         known = harness_task.parse(name, source.limit, source.first)
-        return ScoredSet(role, name, [known], hub=check_task(known, recipe.lm_eval_tasks, positions(recipe)))
+        return ScoredSet(role, name, [known], hub=_loaded_by_the_harness(recipe, wanted.table, known))
     longest = positions(recipe)
     if wanted.window > longest:
         raise ConfigError(f"[{wanted.table}] window = {wanted.window}, but the base reads {longest} tokens at most")
@@ -227,6 +232,16 @@ def load_set(recipe: Recipe, wanted: Asked, tokenizer: Any) -> ScoredSet:
     return ScoredSet(role, name, items, source.cluster, where=where)
 
 
+def _loaded_by_the_harness(recipe: Recipe, table: str, known: harness_task.HarnessTask) -> dict[str, str]:
+    """The revisions of a task's data sets, by name; an error names the recipe's table."""
+    try:
+        return check_task(known, recipe.lm_eval_tasks, positions(recipe))
+    except DataError as error:
+        raise DataError(
+            f"[{table.removesuffix('.source')}] {error}. Load it once while online, or remove the table"
+        ) from error
+
+
 def _id(row: Row, number: int | None) -> str:
     return str(row["id"]) if number is None else f"{row['id']}.{number}"
 
@@ -249,7 +264,7 @@ def _refuse_twice(items: list[dict[str, Any]], where: str) -> None:
 
 def load_text(recipe: Recipe, source: Source, tokenizer: Any) -> list[Example]:
     """Windows of plain text to train on."""
-    rows, length = load_texts(source, recipe.data, recipe.parts), recipe.train.max_length
+    rows, length = load_texts(source, recipe.data, recipe.parts, _table_of(recipe, source)), recipe.train.max_length
     with refusing(DataError, place(source, recipe.data)):
         made = find_task("perplexity").examples(rows, source.column, tokenizer, length)
         return _some(made, place(source, recipe.data), source)
@@ -264,7 +279,7 @@ def _some(examples: list[Example], where: str, source: Source) -> list[Example]:
 
 def load_documents(recipe: Recipe, source: Source) -> list[str]:
     """Texts of a source that are not blank."""
-    rows = load_texts(source, recipe.data, recipe.parts)
+    rows = load_texts(source, recipe.data, recipe.parts, _table_of(recipe, source))
     return [row[source.column] for row in rows if row[source.column].strip()]
 
 
@@ -281,10 +296,12 @@ def revisions(recipe: Recipe, scored: Mapping[str, ScoredSet]) -> dict[str, str]
     return dict(sorted(found.items())) | ({recipe.base: base} if base else {})
 
 
-def check_output(folder: Path) -> None:
-    """Refuse an output folder that cannot be written."""
+def check_output(folder: Path, *, make: bool = True) -> None:
+    """Refuse an output folder that cannot be written; unless it is to be made, the folder that it would be made in."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        whole = folder.absolute()
+        tempfile.TemporaryFile(dir=next(place for place in (whole, *whole.parents) if place.exists())).close()
     except OSError as error:
         raise ConfigError(f"output = {str(folder)!r} cannot be written: {error}; give another --output") from error

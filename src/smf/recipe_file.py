@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -58,7 +59,8 @@ def load_recipe(path: str | Path, settings: Sequence[str] = (), **overrides: Any
 
     Args:
         path: of the file, or the name of a shipped one.
-        settings: keys to replace, however deep: "train.max_length=256", "methods.lora.lr=3e-3", with values in TOML.
+        settings: keys to replace, however deep: "train.max_length=256", "methods.lora.lr=3e-3", with values in TOML,
+            texts also without quotes; methods that there are, or new ones with their kind.
         overrides: top-level keys to replace.
 
     Raises:
@@ -76,7 +78,9 @@ def load_recipe(path: str | Path, settings: Sequence[str] = (), **overrides: Any
 def _recipe(table: dict[str, Any], where: str, settings: Sequence[str], overrides: dict[str, Any]) -> Recipe:
     table |= {key: value for key, value in overrides.items() if value is not None}
     for setting in settings:
-        _merge(table, _setting(setting))
+        given = _setting(setting)
+        _refuse_new_methods(setting, given, table)
+        _merge(table, given)
     methods = table.get("methods")
     if isinstance(methods, dict):
         table["methods"] = _named([m for item in methods.items() for m in _expanded(*item, where)], where)
@@ -86,10 +90,48 @@ def _recipe(table: dict[str, Any], where: str, settings: Sequence[str], override
 
 
 def _setting(text: str) -> dict[str, Any]:
+    """The keys that one setting gives; where a key's value is a text, quotes around it can be left out."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f'--set {text!r} is not TOML: {error}; expected KEY=VALUE, texts as KEY="TEXT"') from error
+        key, equals, value = text.partition("=")
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            table = tomllib.loads(f"{key} = {_value(value.strip())}") if equals else {}
+            if _is_text(Recipe, table):
+                return table
+        raise ConfigError(
+            f"--set {text!r} is not TOML: {error}. Quote what the shell would change: --set '{key.strip() or 'KEY'}="
+            "\"TEXT\"' for a text, --set 'memory.layers=[0, 1]' for a list; --set train.max_length=256 needs no quotes"
+        ) from error
+
+
+def _is_text(hint: Any, value: Any) -> bool:
+    """Whether what a recipe has at the place of `value`, a text within tables, is a text too."""
+    if typing.get_origin(hint) is types.UnionType:  # X | None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if isinstance(value, dict):
+        if not value:
+            return False
+        (key, inner), *_ = value.items()
+        if typing.get_origin(hint) is dict:
+            return _is_text(typing.get_args(hint)[1], inner)
+        return dataclasses.is_dataclass(hint) and _is_text(typing.get_type_hints(hint).get(key), inner)
+    return hint is str or typing.get_origin(hint) is Literal
+
+
+def _refuse_new_methods(setting: str, given: dict[str, Any], table: dict[str, Any]) -> None:
+    """A mistyped name must not make a method of defaults; a new one is given whole, with its kind."""
+    known, methods = table.get("methods"), given.get("methods")
+    if not isinstance(methods, dict) or not isinstance(known, dict):
+        return
+    for name, keys in methods.items():
+        if name not in known and isinstance(keys, dict) and "kind" not in keys:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(
+                f"--set {setting!r}: there is no method {name!r}{hint} There are {sorted(known)}. A new one needs its "
+                f"kind: --set 'methods.{name}={{kind=\"smf\", lr=0.1}}'"
+            )
 
 
 def _merge(table: dict[str, Any], given: dict[str, Any]) -> None:

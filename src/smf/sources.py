@@ -22,7 +22,7 @@ NESTED = 500  # brackets within brackets; pyarrow's JSON parser ends the process
 NOT_STRUCTURE = bytes({*range(256)} - {*b'[]{}"'})
 
 
-def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Sequence[str]) -> list[Row]:
+def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Sequence[str], table: str = "") -> list[Row]:
     """Rows of a source, in the order of its file.
 
     Args:
@@ -30,6 +30,7 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
         data: the folder that `source.path` is below, "hub", CACHE or "world".
         parts: shares by name, for `source.part`.
         need: columns that every row must have.
+        table: of the recipe, where messages are to name it.
 
     Raises:
         DataError: naming file, column or row.
@@ -37,13 +38,15 @@ def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Seque
     """
     where = place(source, data)
     with refusing(DataError, where):
-        return _chosen(source, data, parts, need, where)
+        return _chosen(source, data, parts, need, where, table)
 
 
-def _chosen(source: Source, data: str, parts: Mapping[str, float], need: Sequence[str], where: str) -> list[Row]:
+def _chosen(
+    source: Source, data: str, parts: Mapping[str, float], need: Sequence[str], where: str, table: str
+) -> list[Row]:
     if source.part and not parts:
         raise DataError(f"{where}: a source names a part, but the recipe has no [parts] table of shares")
-    rows = _read(source, data)
+    rows = _read(source, data, table)
     columns = rows.column_names or []
     read = [source.column] if source.part or source.min_chars or source.sample else []
     for column in (*need, *source.where, *read):
@@ -72,13 +75,13 @@ def _chosen(source: Source, data: str, parts: Mapping[str, float], need: Sequenc
     return chosen
 
 
-def load_texts(source: Source, data: str, parts: Mapping[str, float]) -> list[Row]:
+def load_texts(source: Source, data: str, parts: Mapping[str, float], table: str = "") -> list[Row]:
     """Rows of a source whose column is read as plain text; blank texts are among them.
 
     Raises:
         DataError: naming file, column and row, also where all texts are blank.
     """
-    rows, where = load_rows(source, data, parts, [source.column]), place(source, data)
+    rows, where = load_rows(source, data, parts, [source.column], table), place(source, data)
     for number, row in numbered(rows):
         if not isinstance(row[source.column], str):
             raise DataError(
@@ -107,7 +110,7 @@ def place(source: Source, data: str) -> str:
     return f"{source.hub} ({source.split})" if data in ("hub", CACHE) else str(Path(data) / source.path)
 
 
-def _read(source: Source, data: str) -> Any:
+def _read(source: Source, data: str, table: str) -> Any:
     import datasets
 
     if data == "world":
@@ -115,10 +118,14 @@ def _read(source: Source, data: str) -> Any:
     if data in ("hub", CACHE):
         return _from_hub(source, data)
     file = Path(data) / source.path
+    named = f"[{table}]" if table else "a source of the recipe"
     if not source.path:
-        raise DataError(f"a source of the recipe names no path below --data {data!r}")
+        raise DataError(f"{named} names no path below --data {data!r}")
     if not file.is_file():
-        raise DataError(f"no data file at {file}; --data must be the folder that has {source.path!r}, or hub")
+        other = f", or hub, which has {source.hub}" if source.hub else ""
+        raise DataError(
+            f"{named}: no data file at {file}; set its path, or give --data the folder that has {source.path!r}{other}"
+        )
     if file.suffix not in READERS:
         _check_nesting(file)
     kind = READERS.get(file.suffix, "json")

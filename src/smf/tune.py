@@ -51,7 +51,11 @@ def tune(
         and of a method that reached the others' score "reached", that score.
     """
     if recipe.target.validation is None:
-        raise ConfigError("the recipe has no [target.validation] table, by which learning rates could be chosen")
+        raise ConfigError(
+            "the recipe has no [target.validation] table, by which learning rates could be chosen. With a file of rows "
+            "that are neither trained nor scored: --set target.validation.path=validation.jsonl. With a share of the "
+            'training rows: docs/recipes.md, "Your data"'
+        )
     if points < 3 or points % 2 == 0 or not factor > 1:
         raise ConfigError(f"points = {points}, factor = {factor}; expected an odd number from 3 and a factor above 1")
     only, match = named(only, recipe.methods), named(recipe.match, recipe.methods)

@@ -73,9 +73,14 @@ def _said(row: Mapping[str, Any], where: str) -> Messages | tuple[str, str]:
         return _text(row, "prompt", where, may_be_empty=True), _text(row, "completion", where)
     if "text" in given:
         return "", _text(row, "text", where)
-    raise DataError(
-        f"{where}: no column 'messages', 'prompt' and 'completion', or 'text' holds anything; there are {list(row)}"
-    )
+    empty = [name for name in ("messages", "prompt", "completion", "text") if name in row and name not in given]
+    wanted = "expected 'messages', or 'prompt' and 'completion', or 'text'"
+    if "prompt" in given:
+        what = "is null or missing in this row" if "completion" in empty else "is not there"
+        raise DataError(f"{where}: column 'completion' {what}, so its 'prompt' has no answer; {wanted}")
+    if empty:
+        raise DataError(f"{where}: of columns {empty} all are null or missing in this row; {wanted}")
+    raise DataError(f"{where}: no column that is read; {wanted}; there are {list(row)}")
 
 
 def _text(row: Mapping[str, Any], column: str, where: str, *, may_be_empty: bool = False) -> str:
