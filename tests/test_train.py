@@ -252,7 +252,7 @@ def edited(world: Path, old: str, new: str) -> Path:
     ("old", "new", "error", "message"),
     [
         ("layers = [1, 2]", "layers = [1, 9]", SmfError, "layer index 9 is out of range: the model has 4"),
-        ("layers = [1, 2]", "layers = [1, -1]", SmfError, "layer index -1"),
+        ("layers = [1, 2]", "layers = [1, -5]", SmfError, "layer index -5"),
         (
             "n_keys = 16\nheads = 2\nknn = 4\nk_dim = 16",
             "n_keys = 16\nheads = 2\nknn = 4\nk_dim = 15",
