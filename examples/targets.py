@@ -1,4 +1,4 @@
-"""Three targets on the embedded world, each a third of its new diseases: teaching them to a memory, and scoring."""
+"""Targets on the embedded world, each a part of its new diseases: teaching them to a memory, and scoring."""
 
 from __future__ import annotations
 
@@ -53,15 +53,23 @@ def disease(id: str) -> str:
     return id.removeprefix("document.").split(".")[0]
 
 
-def load_targets(folder: Path, seed: int, limit: int) -> Targets:
-    """The targets of one seed; `limit` keeps the first so many questions of each set, 0: all."""
-    recipe = replace(load_recipe("world_study.toml"), seed=seed)
+def load_targets(folder: Path, seed: int, limit: int, targets: Sequence[str] = TARGETS, recipe: Any = None) -> Targets:
+    """The targets of one seed.
+
+    Args:
+        folder: of all seeds.
+        seed: of data order and initial values.
+        limit: first so many questions of each set; 0: all.
+        targets: their names; the new diseases go to them in turn, by name, each with all its lessons and questions.
+        recipe: of the methods; None: world_study.toml.
+    """
+    recipe = replace(recipe or load_recipe("world_study.toml"), seed=seed)
     loaded = load(recipe)
     names = sorted({disease(example.id) for example in loaded.train})
-    target_of = {name: TARGETS[place % 3] for place, name in enumerate(names)}
-    lessons = {target: [e for e in loaded.train if target_of[disease(e.id)] == target] for target in TARGETS}
+    target_of = {name: targets[place % len(targets)] for place, name in enumerate(names)}
+    lessons = {target: [e for e in loaded.train if target_of[disease(e.id)] == target] for target in targets}
     exam, scored = loaded.scored["held-out"], {}
-    for target in TARGETS:
+    for target in targets:
         scored[target] = replace(exam, items=[i for i in exam.items if target_of[disease(i["id"])] == target])
     for probe, count in PROBES.items():
         scored[probe] = replace(loaded.scored[probe], items=loaded.scored[probe].items[:count])
