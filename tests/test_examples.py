@@ -94,3 +94,10 @@ def test_targets_of_a_sequence_share_no_disease(tmp_path: Path, monkeypatch: pyt
         asked = [own.disease(item["id"]) for item in targets.scored[target].items]
         assert len(diseases) == 36 and set(asked) <= diseases and len(asked) > 100
     assert len(set.union(*taught.values())) == 180
+
+
+def test_the_front_of_a_summary_is_drawn(tmp_path: Path):
+    script = REPO / "examples" / "front.py"
+    summary, picture = REPO / "docs" / "results" / "demo.json", tmp_path / "front.png"
+    subprocess.run([sys.executable, str(script), str(summary), str(picture)], check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG") and len(picture.read_bytes()) > 10_000
