@@ -126,7 +126,7 @@ def draw(names: Names, result: dict[str, Any], file: Path) -> None:
         if name != "general-text":
             panel.set_ylim(0, 102)
     panels[1, 1].set_xlabel("targets taught so far")
-    panels[0, 0].legend(fontsize=7)
+    panels[1, 2].legend(fontsize=7, loc="upper left")  # over the text, where nothing is drawn
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
