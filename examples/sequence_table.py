@@ -38,11 +38,11 @@ def gains(names: Names, stages: Stages, base: Scores, at: Sequence[int]) -> Chan
 
 
 def keeping(names: Names, stages: Stages, base: Scores) -> dict[str, Any]:
-    """What the targets gained when they were taught, and what all but the last lost from then to the end."""
+    """What the targets gained when they were taught, and how all but the last changed from then to the end."""
     last = len(names) - 1
     own = list(range(last))
-    lost = difference(gains(names, stages, base, [last] * last), gains(names, stages, base, own))
-    return {"gained": float(gains(names, stages, base, [*own, last]).by_seed.mean()), "lost": asdict(lost)}
+    since = difference(gains(names, stages, base, [last] * last), gains(names, stages, base, own))
+    return {"gained": float(gains(names, stages, base, [*own, last]).by_seed.mean()), "since": asdict(since)}
 
 
 def above(names: Names, found: dict[str, Stages], base: Scores, shown: str) -> dict[str, Any]:
@@ -94,11 +94,11 @@ def tables(names: Names, result: dict[str, Any]) -> str:
 
     end = {"base": pick(result["base"])} | {method: pick(of[-1]) for method, of in result["after"].items()}
     lines = [f"After all {len(names)} targets:", "", markdown(end), ""]
-    lines += ["| | gained when taught, points | lost since then, all but the last, points | 95 % interval |"]
+    lines += ["| | gained when taught, points | since then, all but the last, points | 95 % interval |"]
     lines += ["| --- | ---: | ---: | ---: |"]
     for method, kept in result["keeping"].items():
-        lost = {key: value * 100 for key, value in kept["lost"].items()}
-        cells = f"{kept['gained'] * 100:+.1f} | {lost['value']:+.1f} | [{lost['low']:+.1f}, {lost['high']:+.1f}]"
+        since = {key: value * 100 for key, value in kept["since"].items()}
+        cells = f"{kept['gained'] * 100:+.1f} | {since['value']:+.1f} | [{since['low']:+.1f}, {since['high']:+.1f}]"
         lines += [f"| {method} | {cells} |"]
     for method, of in result["after"].items():
         rows = {f"after {place + 1}": pick(found) for place, found in enumerate(of)}
@@ -112,21 +112,18 @@ def draw(names: Names, result: dict[str, Any], file: Path) -> None:
     figure, panels = plt.subplots(2, 3, figsize=(12, 7), sharex=True)
     x = range(1, len(names) + 1)
     for panel, name in zip(panels.flat, shown, strict=True):
-        start = result["base"][name]["score"]
-        panel.axhline(start, color="grey", linestyle=":", label="base")
         for (method, of), marker in zip(result["after"].items(), "os^vDPX<>", strict=False):
-            score = [found[name]["score"] for found in of]
-            shift = [found[name]["score"] - found[name]["change"] for found in of]  # the base's on the same questions
-            (line,) = panel.plot(x, score, marker=marker, markersize=4, label=method)
-            low, high = (
-                [base + found[name][end] for base, found in zip(shift, of, strict=True)] for end in ("low", "high")
-            )
+            found = [each[name] for each in of]
+            base = [each["score"] - each["change"] for each in found]  # on the same questions, which may change
+            (line,) = panel.plot(x, [each["score"] for each in found], marker=marker, markersize=4, label=method)
+            low, high = ([b + each[end] for b, each in zip(base, found, strict=True)] for end in ("low", "high"))
             panel.fill_between(x, low, high, color=line.get_color(), alpha=0.12)
+        panel.plot(x, base, color="black", linestyle=":", label="base")
         panel.set_title(f"{name}, {'nats per token' if name == 'general-text' else '% right'}", fontsize=10)
         if name != "general-text":
             panel.set_ylim(0, 102)
     panels[1, 1].set_xlabel("targets taught so far")
-    panels[0, 0].legend(fontsize=7)
+    panels[1, 2].legend(fontsize=7, loc="upper left")  # over the text, where nothing is drawn
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
