@@ -173,3 +173,10 @@ def test_a_vocabulary_that_is_larger_than_the_bases_embedding_is_refused(tmp_pat
     model.save_pretrained(tmp_path / "base")
     with pytest.raises(ConfigError, match="last token 'word119' has the id 134, but the base's embedding has 100 rows"):
         load_tokenizer(load_recipe(path))
+
+
+@pytest.mark.parametrize("model", ["trivia-7m", "tinystories-656k", "hf_stories260K"])
+def test_the_tokenizers_of_real_models_are_not_refused(model: str, shared: Path):
+    """That of trivia-7m has an unknown token that its class added, of which the base has no embedding."""
+    recipe = load_recipe("facts.toml", base=str(shared / "models" / model))
+    assert load_tokenizer(recipe)("Who was Anna?")["input_ids"]
