@@ -198,6 +198,14 @@ def test_matched_methods_stand_at_the_lowest_rate_that_learns_as_much(goal: floa
     assert study(*runs).rows[0].lr == pytest.approx(0.8) and "beside" not in caption(study(*runs))
 
 
+def test_what_is_matched_counts_at_the_seeds_that_it_is_chosen_at():
+    """LoRA's best rate has two more seeds, which learned less: its grid is of seed 0 alone."""
+    lora = [curve("lora", [0.3, learned], [0.9, 0.8], lr=lr, kind="lora") for lr, learned in ((0.1, 0.4), (0.2, 0.55))]
+    lora += [curve("lora", [0.3, 0.3], [0.9, 0.8], lr=0.2, kind="lora", seed=seed, turn=seed) for seed in (1, 2)]
+    summary = study(*tuned("smf", rates=5, best=3), *lora, match=["lora"])
+    assert {row.method: row.lr for row in summary.rows} == {"smf": pytest.approx(0.4), "lora": pytest.approx(0.2)}
+
+
 def test_one_rate_is_no_choice_but_grids_of_other_sizes_are_said():
     assert study(*tuned("lora", "lora", rates=1, best=0)).interior == [None]
     assert "lr" not in table_of(study(result("lora")), "")[0]

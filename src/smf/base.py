@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import methods, world
 from .decoder import DecoderLayers, find_decoder, positions_of
-from .errors import ConfigError, UnsupportedModelError, refusing
+from .errors import ConfigError, NoSuchLayerError, refusing
 from .recipe import Recipe
 from .selection import find_rule
 from .sources import resolved
@@ -57,7 +57,7 @@ def naming_layers(recipe: Recipe, name: str) -> Iterator[None]:
     """Where a method's layers do not fit the base: say which key of which table names them."""
     try:
         yield
-    except UnsupportedModelError as error:
+    except NoSuchLayerError as error:
         method = recipe.methods[name]
         table, options = (f"methods.{name}.memory", method.memory) if method.memory else ("memory", recipe.memory)
         table, layers = (f"methods.{name}", method.layers) if method.layers is not None else (table, options.layers)

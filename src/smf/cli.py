@@ -104,10 +104,10 @@ def compare(
     Args:
         dry_run: say what would be loaded, trained and measured, check all that lies on this machine, and stop.
     """
-    from .compare import check_reference, named
+    from .compare import check_reference
     from .compare import compare as run_all
     from .files import write_atomically
-    from .recipe_file import to_toml
+    from .recipe_file import named, to_toml
 
     loaded = overrides.load(recipe)
     if what.against is not None:
@@ -245,7 +245,7 @@ def report(
         match: names of methods, "lora full" for example: every other one is shown at the lowest rate at which it learns
             as much as the best of these; none: those of the recipe.
     """
-    from .compare import named
+    from .recipe_file import named
 
     if not runs:
         raise ConfigError("give the folder of some runs, such as: smf report runs/demo")
@@ -285,11 +285,12 @@ def tune(
             much as the best of these, since it forgets least there; none: the recipe's.
     """
     from .files import write_atomically, write_json
+    from .recipe_file import named
     from .tune import tune as run_all
     from .tune import tuned_toml, tuning_table, with_earlier
 
     loaded = overrides.load(recipe)
-    loaded = replace(loaded, match=list(match)) if match else loaded
+    loaded = replace(loaded, match=named(match, loaded.methods)) if match else loaded
     output = Path(loaded.output)
     tuned = with_earlier(loaded, run_all(loaded, methods, points, factor, ray), output / "tune.json")
     table = tuning_table(tuned)

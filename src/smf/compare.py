@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from .loop import training_steps
 from .prepare import load
 from .ray_jobs import on_ray
 from .recipe import Recipe
-from .recipe_file import to_toml
+from .recipe_file import named, to_toml
 from .runs import FAILED, is_finished, read_result
 
 Run = tuple[Recipe, str]  # a recipe, and the name of one of its methods
@@ -63,22 +63,6 @@ def compare(recipe: Recipe, only: Sequence[str] = (), seeds: int = 1, ray: str |
             f"{kept}he same command goes on where it stopped"
         )
     return [read_result(result_path(*run)) for run in runs]
-
-
-def named(names: Sequence[str], methods: Collection[str]) -> list[str]:
-    """The methods of these names; that of a table with `axes` stands for all that were made of it.
-
-    Raises:
-        ConfigError: for a name that is none of them.
-    """
-    found: list[str] = []
-    for name in names:
-        made = [m for m in methods if m.startswith(f"{name}-") and "=" in m[len(name) :].split("-")[1]]
-        own = [name] if name in methods else made
-        if not own:
-            raise ConfigError(f"there is no method {name!r}; there are {sorted(methods)}; separate names by blanks")
-        found += [each for each in own if each not in found]
-    return found
 
 
 def check_reference(recipe: Recipe, name: str) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .errors import UnsupportedModelError
+from .errors import NoSuchLayerError, UnsupportedModelError
 from .memory import MemoryHost
 
 
@@ -40,20 +40,20 @@ class DecoderLayers:
         """Indices of decoder layers, ascending, of which negative ones count from the end; None: `default_layers`.
 
         Raises:
-            UnsupportedModelError: for a layer that there is not, or one that is named twice.
+            NoSuchLayerError: for a layer that there is not, or one that is named twice.
         """
         depth = len(self.blocks)
         if layers is None:
             return default_layers(depth)
         for layer in layers:
             if not -depth <= layer < depth:
-                raise UnsupportedModelError(
+                raise NoSuchLayerError(
                     f"layer index {layer} is out of range: the model has {depth} decoder layers (0 to {depth - 1}; "
                     f"from the end, -1 to {-depth})"
                 )
         found = sorted({layer % depth for layer in layers})
         if len(found) < len(layers):
-            raise UnsupportedModelError(f"layers = {list(layers)} name one of the model's {depth} decoder layers twice")
+            raise NoSuchLayerError(f"layers = {list(layers)} name one of the model's {depth} decoder layers twice")
         return found
 
     def mlp_names(self, layers: Sequence[int], *, replace: bool) -> list[str]:

@@ -18,6 +18,10 @@ class UnsupportedModelError(SmfError, ValueError):
     """A model that memory layers cannot be attached to."""
 
 
+class NoSuchLayerError(UnsupportedModelError):
+    """A decoder layer that the model does not have."""
+
+
 class BackgroundError(SmfError, ValueError):
     """A missing, broken or foreign background."""
 

@@ -12,7 +12,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +85,7 @@ def _recipe(table: dict[str, Any], where: str, settings: Sequence[str], override
     if isinstance(methods, dict):
         table["methods"] = _named([m for item in methods.items() for m in _expanded(*item, where)], where)
     recipe = build(Recipe, table, where)
+    recipe = dataclasses.replace(recipe, match=named(recipe.match, recipe.methods))
     _check(recipe, where)
     return recipe
 
@@ -184,6 +185,22 @@ def _named(methods: list[tuple[str, Any]], where: str) -> dict[str, Any]:
 def _labelled(key: str, value: Any) -> str:
     text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
     return f"{SHORT.get(key, key)}={text}"
+
+
+def named(names: Sequence[str], methods: Collection[str]) -> list[str]:
+    """The methods of these names; that of a table with `axes` stands for all that were made of it.
+
+    Raises:
+        ConfigError: for a name that is none of them.
+    """
+    found: list[str] = []
+    for name in names:
+        made = [m for m in methods if m.startswith(f"{name}-") and "=" in m[len(name) :].split("-")[1]]
+        own = [name] if name in methods else made
+        if not own:
+            raise ConfigError(f"there is no method {name!r}; there are {sorted(methods)}; separate names by blanks")
+        found += [each for each in own if each not in found]
+    return found
 
 
 def to_toml(recipe: Recipe) -> str:

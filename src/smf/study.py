@@ -175,8 +175,7 @@ def chosen(points: Sequence[Point], metric: str, match: Sequence[str] = ()) -> l
         match: names of methods; of every other one that learns as much as the best of these at some learning rate, its
             best moment at the lowest such rate is chosen.
     """
-    best = [point for point in chosen(points, metric) if point.method in match] if match else []
-    goal = max((validation_of(point, metric) for point in best if validated(point)), default=math.inf)
+    goal = goal_of(points, metric, match)
     rows = []
     for own in by_method(points).values():
         if not all(map(validated, own)):
@@ -189,6 +188,14 @@ def chosen(points: Sequence[Point], metric: str, match: Sequence[str] = ()) -> l
         known = known if lowest is None else [point for point in known if point.lr == lowest]
         rows.append(min(known, key=lambda p: (-validation_of(p, metric, seeds), p.lr, p.share)))
     return rows
+
+
+def goal_of(points: Sequence[Point], metric: str, match: Sequence[str]) -> float:
+    """What the best of the methods of `match` learned, by validation, at the seeds that it is chosen at."""
+    own = by_method([point for point in points if point.method in match])
+    best = [point for points in own.values() for point in chosen(points, metric) if validated(point)]
+    scores = [validation_of(point, metric, common_seeds(own[point.method])) for point in best]
+    return max(scores, default=math.inf)
 
 
 def validated(point: Point) -> bool:

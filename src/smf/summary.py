@@ -18,11 +18,15 @@ from .study import (
     against,
     by_method,
     chosen,
+    common_seeds,
+    goal_of,
     measured,
     measures,
     points_of,
     stages,
     target_shown,
+    validated,
+    validation_of,
 )
 from .tasks import find_task
 
@@ -134,8 +138,8 @@ def summarise(
         raise ConfigError(f"there is no method {reference!r} to compare with; there are {list(own)}")
     tried = [_tried(own[row.method], failed) for row in rows]
     rates = [len(each) for each in tried]
-    best = chosen(points, target_metrics[0])
-    lowest = [row.method not in match and row not in best for row in rows]  # points compare by identity
+    goal = goal_of(points, target_metrics[0], match)
+    lowest = [row.method not in match and _reaches(row, own[row.method], target_metrics[0], goal) for row in rows]
     interior = [_interior(*each) for each in zip(rows, tried, lowest, strict=True)]
     if base is None:
         return Summary(base, rows, points, columns, interior=interior, rates=rates, failed=failed, match=match)
@@ -211,6 +215,11 @@ def _tried(own: Sequence[Point], failed: Sequence[dict[str, Any]]) -> list[float
     """The learning rates of a method, those at which training failed too, ascending."""
     name = own[0].runs[0]["method"]
     return sorted({point.lr for point in own} | {run["options"]["lr"] for run in failed if run["method"] == name})
+
+
+def _reaches(row: Point, own: Sequence[Point], metric: str, goal: float) -> bool:
+    """Whether a method learned as much as it had to, so that its row stands at its lowest rate that does."""
+    return validated(row) and validation_of(row, metric, common_seeds(own)) >= goal
 
 
 def _interior(point: Point, rates: Sequence[float], lowest: bool) -> bool | None:

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .compare import named, result_path, run_missing
+from .compare import result_path, run_missing
 from .errors import ConfigError, TrainingError
 from .recipe import UNTRAINED, Recipe
-from .recipe_file import load_recipe, to_toml
+from .recipe_file import load_recipe, named, to_toml
 from .runs import read_result
 from .study import best_stage, numbers_of, signed
 
