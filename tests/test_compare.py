@@ -1,10 +1,8 @@
 """The grid of runs: seeds, tuning, and what happens when it is killed."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,13 +17,7 @@ from smf.stats import change
 from smf.summary import summarise
 from smf.table import scores_table
 from smf.train import run_method
-from tiny import make_world
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "smf", *map(str, arguments)]
+from tiny import ONE_THREAD, command, make_world
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,9 +24,7 @@ from smf.recipe_file import load_recipe
 from smf.summary import summarise
 from smf.table import markdown
 from smf.train import run_method
-from tiny import make_base, make_world, write_lines
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+from tiny import ONE_THREAD, command, make_base, make_world, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +37,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_world(tmp_path: Path) -> Path:
     """The recipe of a tiny world that the test may spoil."""
     return make_world(tmp_path)
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "smf", *map(str, arguments)]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:

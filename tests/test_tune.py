@@ -3,10 +3,8 @@
 import itertools
 import json
 import math
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +23,7 @@ from smf.recipe_file import load_recipe, to_toml
 from smf.runs import read_runs
 from smf.summary import summarise
 from smf.tune import at_rate, tune, tuned_recipe, tuned_toml, tuning_table
-from tiny import make_world, write_lines
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "smf", *map(str, arguments)]
+from tiny import ONE_THREAD, command, make_world, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +186,13 @@ def test_matched_methods_take_the_lowest_rate_that_learns_as_much(
     again = load_recipe(tuned_file)  # with which smf compare shows the chosen rates
     assert again.match == ["lora", "full"] and again.run_id("smf") == tuned.run_id("smf")
     assert replace(again, match=[]).run_id("smf") == again.run_id("smf")  # finished runs are kept, matched or not
+
+
+def test_what_is_matched_is_checked_when_the_recipe_is_read_and_axes_stand_for_all_that_they_make(world: Path):
+    with pytest.raises(ConfigError, match=r"match = \['lore'\]: there is no method 'lore'"):
+        load_recipe(world, ["match=['lore']"])
+    made = load_recipe(world, ["match=['lora']", "methods.lora.axes={r=[2, 4]}"])
+    assert made.match == ["lora-r=2", "lora-r=4"]
 
 
 def test_tuning_without_validation_rows_is_refused(world: Path):

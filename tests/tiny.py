@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 WORDS = [f"word{i}" for i in range(120)]
 EXTRA = ["Medical", "exam", "question", ":", "Question", "Answer", "A", "B", "C", "D", ".", "?"]
 
@@ -135,3 +138,8 @@ def make_world(folder: Path) -> Path:
     recipe = folder / "recipe.toml"
     recipe.write_text(RECIPE.format(folder=folder))
     return recipe
+
+
+def command(*arguments: object) -> list[str]:
+    """The command line of `smf` with these arguments, to run with the environment ONE_THREAD."""
+    return [sys.executable, "-m", "smf", *map(str, arguments)]

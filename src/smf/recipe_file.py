@@ -85,7 +85,10 @@ def _recipe(table: dict[str, Any], where: str, settings: Sequence[str], override
     if isinstance(methods, dict):
         table["methods"] = _named([m for item in methods.items() for m in _expanded(*item, where)], where)
     recipe = build(Recipe, table, where)
-    recipe = dataclasses.replace(recipe, match=named(recipe.match, recipe.methods))
+    try:
+        recipe = dataclasses.replace(recipe, match=named(recipe.match, recipe.methods))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: match = {recipe.match}: {error}") from error
     _check(recipe, where)
     return recipe
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -183,8 +183,8 @@ def chosen(points: Sequence[Point], metric: str, match: Sequence[str] = ()) -> l
             continue
         seeds = common_seeds(own)
         known = at_seeds(own, seeds)
-        reaching = [] if own[0].method in match else [p for p in known if validation_of(p, metric, seeds) >= goal]
-        lowest = min((point.lr for point in reaching), default=None)
+        scored = [(point.lr, validation_of(point, metric, seeds)) for point in known]
+        lowest = None if own[0].method in match else lowest_reaching(scored, goal)
         known = known if lowest is None else [point for point in known if point.lr == lowest]
         rows.append(min(known, key=lambda p: (-validation_of(p, metric, seeds), p.lr, p.share)))
     return rows
@@ -196,6 +196,11 @@ def goal_of(points: Sequence[Point], metric: str, match: Sequence[str]) -> float
     best = [point for points in own.values() for point in chosen(points, metric) if validated(point)]
     scores = [validation_of(point, metric, common_seeds(own[point.method])) for point in best]
     return max(scores, default=math.inf)
+
+
+def lowest_reaching(scored: Iterable[tuple[float, float]], goal: float) -> float | None:
+    """The lowest learning rate at which a method learned enough, of rates and their scores; None where none did."""
+    return min((rate for rate, score in scored if score >= goal), default=None)
 
 
 def validated(point: Point) -> bool:

@@ -16,7 +16,7 @@ from .errors import ConfigError, TrainingError
 from .recipe import UNTRAINED, Recipe
 from .recipe_file import load_recipe, named, to_toml
 from .runs import read_result
-from .study import best_stage, numbers_of, signed
+from .study import best_stage, lowest_reaching, numbers_of, signed
 
 
 def tune(
@@ -201,10 +201,10 @@ def _matched(tuned: dict[str, Any], match: Collection[str], metric: str) -> dict
     goal = max((point for name in match for point in tuned[name]["grid"]), key=score)
     found = dict(tuned)
     for name, entry in tuned.items():
-        reaching = [place for place, point in enumerate(entry["grid"]) if score(point) >= score(goal)]
-        if name not in match and reaching:
-            best = entry["grid"][reaching[0]]["lr"]
-            found[name] = entry | {"best": best, "interior": reaching[0] > 0, "reached": goal["score"]}
+        lowest = lowest_reaching([(point["lr"], score(point)) for point in entry["grid"]], score(goal))
+        if name not in match and lowest is not None:
+            interior = entry["grid"][0]["lr"] < lowest
+            found[name] = entry | {"best": lowest, "interior": interior, "reached": goal["score"]}
     return found
 
 
