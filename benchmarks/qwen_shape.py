@@ -10,6 +10,10 @@ folder's or the hub's), the tokens are real text, read again from its start wher
 are in runs of a recipe with that `dtype`: base and full finetuning in bfloat16, the memory's table and LoRA's matrices
 in float32.
 
+"smf" and "late-rows" take the loss that `smf compare` gives to all methods (smf.loss.MeanTokenLoss), which makes logits
+for some positions at a time; "lora" and "full" take the model's own, as who trains them without smf does, and "lora,
+our loss" and "full, our loss" show what they gain by ours.
+
 Each side runs in a process of its own, so that its peak memory is its own; the sides take turns, and each turn gives a
 ratio to LoRA and to full finetuning. The first steps of a turn are not timed. Seconds on a GPU are those of CUDA
 events, its peak memory is torch.cuda.max_memory_allocated; on a CPU they are wall seconds, and the peak of the resident
@@ -21,6 +25,7 @@ order.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gzip
 import json
@@ -43,12 +48,14 @@ from memory_growth import machine, resident, versions
 from smf import methods
 from smf.compare import quiet_known_warnings
 from smf.data import Loaded
+from smf.loss import MeanTokenLoss
 from smf.recipe import MemoryOptions, Recipe
 from smf.recipe_file import load_recipe
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
-SIDES = ("smf", "late-rows", "lora", "full")  # methods of medmcqa.toml; the others are compared with the last
+OUR_LOSS = ", our loss"
+SIDES = ("smf", "late-rows", "lora", "full", f"lora{OUR_LOSS}", f"full{OUR_LOSS}")  # methods of medmcqa.toml
 QWEN = {  # the configuration of Qwen2.5-0.5B
     "vocab_size": 151936,
     "hidden_size": 896,
@@ -165,7 +172,7 @@ def forget_peak(device: str) -> None:
 def prepare(side: str, setup: Setup, base: Any, documents: list[dict[str, torch.Tensor]]) -> tuple[Any, float, float]:
     """The side's model and optimizer, and the seconds of attaching and of reading the background."""
     recipe = setup.recipe()
-    method = recipe.methods[side]
+    method = recipe.methods[side.removesuffix(OUR_LOSS)]
     if method.kind != "smf":
         nothing = Loaded(None, [], {}, [], [], [])
         seconds, prepared = seconds_of(
@@ -186,9 +193,13 @@ def prepare(side: str, setup: Setup, base: Any, documents: list[dict[str, torch.
     return methods.Prepared(model, optimizer, 0.0, model.get_nb_trainable_parameters()[0], dict), attach, reading
 
 
-def step(prepared: methods.Prepared, ids_BS: torch.Tensor) -> float:
+def step(prepared: methods.Prepared, loss_of: MeanTokenLoss | None, ids_BS: torch.Tensor) -> float:
     """One optimizer step; returns its loss."""
-    loss = prepared.model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), labels=ids_BS).loss
+    inputs = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
+    if loss_of is None:
+        loss = prepared.model(**inputs, labels=ids_BS).loss
+    else:
+        loss = loss_of(prepared.model(**inputs), ids_BS)
     loss.backward()
     if prepared.max_grad_norm:
         trained = [p for group in prepared.optimizer.param_groups for p in group["params"]]
@@ -211,12 +222,14 @@ def measure(side: str, setup: Setup) -> Turn:
     prepared.model.train()
     forget_peak(setup.device)
     timed, processor = [], []
-    for number, ids_BS in enumerate(batches):
-        if number < setup.warm_up and setup.warm_up_length:
-            ids_BS = ids_BS[:, : setup.warm_up_length]
-        started = time.process_time()
-        timed.append(seconds_of(functools.partial(step, prepared, ids_BS), setup.device))
-        processor.append(time.process_time() - started)
+    loss_of = None if side in ("lora", "full") else MeanTokenLoss(prepared.model)
+    with loss_of or contextlib.nullcontext():
+        for number, ids_BS in enumerate(batches):
+            if number < setup.warm_up and setup.warm_up_length:
+                ids_BS = ids_BS[:, : setup.warm_up_length]
+            started = time.process_time()
+            timed.append(seconds_of(functools.partial(step, prepared, loss_of, ids_BS), setup.device))
+            processor.append(time.process_time() - started)
     return Turn(
         parameters=parameters,
         trained=prepared.trained,
@@ -274,7 +287,8 @@ def report(setup: Setup, turns: dict[str, list[Turn]], busy: float) -> dict[str,
         "machine": machine() | device | {"load average at the start": busy},
         "versions": versions(),
         "setup": asdict(setup),
-        "methods": {side: asdict(recipe.methods[side]) for side in SIDES} | {"memory": asdict(recipe.memory)},
+        "methods": {side: asdict(recipe.methods[side.removesuffix(OUR_LOSS)]) for side in SIDES}
+        | {"memory": asdict(recipe.memory)},
         "results": {side: figures(turns[side], {n: turns[n] for n in SIDES[1:]}, tokens) for side in SIDES},
         "turns": {side: [asdict(turn) for turn in turns[side]] for side in SIDES},
     }
@@ -317,14 +331,14 @@ def main() -> None:
     setup = Setup(**{field.name: getattr(given, field.name) for field in fields(Setup)})
     busy = os.getloadavg()[0]
     turns: dict[str, list[Turn]] = {side: [] for side in SIDES}
-    print("  side   step s  tokens/s  peak MiB  attach s background s first and last loss")
+    print("          side   step s  tokens/s  peak MiB  attach s background s first and last loss")
     for _ in range(setup.turns):
         for side in SIDES:
             turn = measure_alone(side, setup)
             turns[side].append(turn)
             seconds = statistics.median(turn.steps)
             print(
-                f"{side:>6} {seconds:>8.3f} {setup.batch * setup.length / seconds:>9.0f} {turn.peak / 2**20:>9.0f} "
+                f"{side:>14} {seconds:>8.3f} {setup.batch * setup.length / seconds:>9.0f} {turn.peak / 2**20:>9.0f} "
                 f"{turn.attach:>9.2f} {turn.background:>12.2f} {turn.first_loss:>7.3f} {turn.last_loss:>7.3f}",
                 flush=True,
             )

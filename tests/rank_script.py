@@ -12,9 +12,10 @@ import sys
 from typing import Any
 
 from smf import cli, loop, train
+from smf.loss import MeanTokenLoss
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "step": (loop, "mean_token_loss"),
+    "step": (MeanTokenLoss, "__call__"),
     "save": (loop, "seal"),
     "score": (train, "_score"),
     "finish": (train, "_saved"),

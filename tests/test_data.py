@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import smf.evaluate
+import smf.loss
 from conftest import tiny_base
 from smf import world
 from smf.data import Collator, Example, encode, in_order, keep_answered, numbered
 from smf.errors import DataError
-from smf.evaluate import example_losses, nats_per_token, token_loss
+from smf.evaluate import example_losses, nats_per_token
 from smf.fingerprint import part_of
-from smf.loop import mean_token_loss
+from smf.loss import MeanTokenLoss, token_loss
 from smf.prepare import load, load_set, load_training
 from smf.recipe import Source, asked
 from smf.recipe_file import load_recipe
@@ -160,7 +160,7 @@ def test_gradient_does_not_depend_on_micro_batches_with_unequal_token_counts():
         for group in groups:
             batch = collate(group)
             labels = batch.pop("labels")
-            mean_token_loss(model(**batch), labels, torch.tensor(total)).backward()
+            MeanTokenLoss(model)(model(**batch), labels, torch.tensor(total)).backward()
         return model.model.embed_tokens.weight.grad.clone()
 
     whole = gradient([examples])
@@ -184,7 +184,7 @@ def test_example_losses_do_not_depend_on_batching_and_equal_the_models_own_loss(
 
 
 def test_scoring_makes_no_second_copy_of_the_logits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(smf.evaluate, "SLICE", 8)
+    monkeypatch.setattr(smf.loss, "AT_ONCE", 8 * 50)
     logits = torch.randn(6, 20, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.randint(50, (6, 20), generator=torch.Generator().manual_seed(1))
     labels[:2, ::3] = -100

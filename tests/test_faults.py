@@ -30,6 +30,7 @@ from smf.errors import BusyError, ConfigError, StorageError, TrainingError
 from smf.faults import explained
 from smf.jobs import start_server
 from smf.locks import LOCK, is_held, working_in
+from smf.loss import MeanTokenLoss
 from smf.recipe import Method, Recipe
 from smf.recipe_file import load_recipe
 from smf.runs import FAILED
@@ -91,7 +92,7 @@ def assert_same_runs(one: Recipe, other: Recipe, names: tuple[str, ...]) -> None
 # -- SIGKILL ----------------------------------------------------------------------------------------------------------
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "step": (loop, "mean_token_loss"),
+    "step": (MeanTokenLoss, "__call__"),
     "save": (loop.RunTrainer, "_save_checkpoint"),
     "score": (train, "_score"),
     "finish": (train, "_saved"),
@@ -168,7 +169,7 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(world: Path, tmp_path: Pa
 def stopped_after(recipe_file: Path, output: Path, steps: int) -> None:
     """A training that gets SIGTERM in its step `steps + 1`."""
     torch.set_num_threads(1)
-    real, calls = loop.mean_token_loss, []
+    real, calls = MeanTokenLoss.__call__, []
 
     def loss_of(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
@@ -176,7 +177,7 @@ def stopped_after(recipe_file: Path, output: Path, steps: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments, **options)
 
-    loop.mean_token_loss = loss_of
+    MeanTokenLoss.__call__ = loss_of
     run_method(load_recipe(recipe_file, output=str(output)), "lora")
 
 

@@ -17,6 +17,7 @@ import smf.loop as loop
 from smf.compare import result_path
 from smf.data import Collator, in_order
 from smf.errors import TrainingError
+from smf.loss import MeanTokenLoss
 from smf.prepare import load
 from smf.recipe_file import load_recipe
 from smf.skipping import SKIPPED
@@ -46,17 +47,17 @@ class Marking(Collator):
 
 def poison(monkeypatch: pytest.MonkeyPatch, examples: set[str], spoil: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Make the loss of batches with these examples what `spoil` makes of loss and logits."""
-    real = loop.mean_token_loss
+    real = MeanTokenLoss.__call__
 
-    def loss_of(outputs, labels, num_items_in_batch=None):
+    def loss_of(self, outputs, labels, num_items_in_batch=None):
         marked = labels == MARK
-        loss = real(outputs, labels.masked_fill(marked, -100), num_items_in_batch)
+        loss = real(self, outputs, labels.masked_fill(marked, -100), num_items_in_batch)
         return spoil(loss, outputs.logits) if bool(marked.any()) else loss
 
     class Marked(Marking):
         marked = frozenset(examples)
 
-    monkeypatch.setattr(loop, "mean_token_loss", loss_of)
+    monkeypatch.setattr(MeanTokenLoss, "__call__", loss_of)
     monkeypatch.setattr(loop, "Collator", Marked)
 
 
@@ -186,18 +187,18 @@ def test_the_key_leaves_the_names_of_runs(world: Path):
 
 RANKS = """
 import os, sys
-import smf.loop as loop
+from smf.loss import MeanTokenLoss
 from smf.recipe_file import load_recipe
 from smf.train import run_method
 
-real, calls = loop.mean_token_loss, []
+real, calls = MeanTokenLoss.__call__, []
 
 def loss_of(*arguments, **options):
     calls.append(1)
     spoilt = os.environ["RANK"] == "1" and len(calls) == 3  # of the second step, two micro-batches a step and rank
     return real(*arguments, **options) * (float("nan") if spoilt else 1.0)
 
-loop.mean_token_loss = loss_of
+MeanTokenLoss.__call__ = loss_of
 recipe = load_recipe(sys.argv[1])
 for name in sys.argv[2:]:
     calls.clear()

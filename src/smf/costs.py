@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from . import methods
 from .adapter import set_train
 from .data import Loaded
+from .loss import MeanTokenLoss, summed_loss
 from .memory import Journal, ProductKeyMemory, memory_layers
 from .recipe import Method, Recipe
 from .rows import RowStore
@@ -203,8 +204,12 @@ def count_passes(model: Any, rows: int, length: int, times: int = 1) -> Passes:
 
 
 def _loss(model: Any, ids_BS: Tensor) -> Tensor:
-    """Of all positions, as `token_loss` takes those with labels."""
-    logits_BSV = model(input_ids=ids_BS).logits
+    """Of all positions, as `MeanTokenLoss` takes those with labels."""
+    with MeanTokenLoss(model) as loss_of:
+        logits_BSV, kept = model(input_ids=ids_BS).logits, loss_of.taken()
+    if kept is not None:
+        hidden_BSD, head = kept
+        return summed_loss(hidden_BSD[:, :-1].flatten(0, 1), head, ids_BS[:, 1:].flatten())
     where_2L = torch.zeros(2, ids_BS[:, 1:].numel(), dtype=torch.long)
     logits_LV = logits_BSV[:, :-1][where_2L[0], where_2L[1]]
     wide_LV = logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32))

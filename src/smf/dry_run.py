@@ -17,9 +17,9 @@ from .data import Example, ScoredSet, encode
 from .doubts import warmup_doubts
 from .epoch_cache import disk_bytes
 from .errors import HubError, SmfError
-from .evaluate import SLICE
 from .harness import check_name
 from .loop import training_steps
+from .loss import AT_ONCE
 from .memory import memory_layers
 from .prepare import (
     check_output,
@@ -41,7 +41,7 @@ from .recipe import UNTRAINED, Asked, Method, Recipe, asked, sources
 from .sources import CACHE, load_texts, place
 from .tasks import find_task, harness_task
 
-LOGITS = 2 * 4  # bytes of scoring's logits for each word of the vocabulary: in float32, and their softmax
+LOGITS = 2 * 4  # bytes of a logit of scoring, beside the logits themselves: in float32, and its softmax
 LONG = 1000  # steps of a training, where nobody knows them
 
 
@@ -289,8 +289,9 @@ def _gigabytes(recipe: Recipe, method: Method, config: Any, steps: int, longest:
     """What the most of training, healing and scoring holds at a time, without the process itself."""
     costs = costs_of(recipe, method, config, steps)
     assert costs is not None  # what nobody can count has no Trained
-    logits = recipe.eval_batch_size * longest * config.vocab_size * (4 if recipe.dtype == "float32" else 2)
-    held = [logits + LOGITS * SLICE * config.vocab_size + costs.states]  # of scoring
+    numbers = recipe.eval_batch_size * longest * config.vocab_size
+    logits = numbers * (4 if recipe.dtype == "float32" else 2)
+    held = [logits + LOGITS * min(numbers, max(AT_ONCE, config.vocab_size)) + costs.states]  # of scoring
     if recipe.divergence:
         base = costs_of(recipe, Method(kind="base"), config, steps)
         held[0] += logits + (base.weights if base is not None else 0)  # beside the base

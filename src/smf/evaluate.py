@@ -14,36 +14,11 @@ from tqdm.auto import tqdm
 
 from .data import Collator, Example, ScoredSet, encode, pad_id
 from .harness import answer_records, choice_records, task_records
+from .loss import places_of, token_loss
 from .memory import evaluation_mode
 from .recipe import Recipe
 from .stats import RATIOS
 from .tasks import find_task
-
-SLICE = 1024  # positions whose whole vocabularies are in float32 at a time
-
-
-def token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Cross-entropy `[B, S - 1]` of each next token, in at least float32; zero where there is no label.
-
-    Without gradients it works on some positions at a time, so that it needs little beside the logits.
-    """
-    next_BS = labels_BS[:, 1:]
-    labelled_BS = next_BS != -100
-    if torch.is_grad_enabled():
-        losses_L = _cross_entropy(logits_BSV[:, :-1][labelled_BS], next_BS[labelled_BS])  # the L labelled positions
-    else:
-        losses_L = torch.cat([_cross_entropy(logits_BSV[at], next_BS[at]) for at in _slices(labelled_BS)])
-    return losses_L.new_zeros(next_BS.shape).masked_scatter(labelled_BS, losses_L)
-
-
-def _cross_entropy(logits_LV: Tensor, next_L: Tensor) -> Tensor:
-    wide_LV = logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32))
-    return F.cross_entropy(wide_LV, next_L, reduction="none")
-
-
-def _slices(mask_BS: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The places of a mask, in order, some at a time; of an empty one, one slice without any."""
-    return [(places[:, 0], places[:, 1]) for places in mask_BS.nonzero().split(SLICE)]
 
 
 @torch.no_grad()
@@ -95,7 +70,8 @@ def example_divergences(
             inputs = {k: v.to(device) for k, v in collate(batch).items()}
             learned_BS = inputs.pop("labels")[:, 1:] != -100
             was_BSV, is_BSV = (m(**inputs).logits for m in (base, model))
-            kl_L = torch.cat([_divergence_of(was_BSV[at], is_BSV[at]) for at in _slices(learned_BS)])
+            places = places_of(learned_BS, was_BSV.shape[-1])
+            kl_L = torch.cat([_divergence_of(was_BSV[at], is_BSV[at]) for at in places])
             kl_BS = kl_L.new_zeros(learned_BS.shape).masked_scatter(learned_BS, kl_L).double()
             for example, nats, tokens in zip(batch, kl_BS.sum(-1).tolist(), learned_BS.sum(-1).tolist(), strict=True):
                 records.append({"id": example.id, "nats": nats, "tokens": tokens})

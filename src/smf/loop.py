@@ -22,9 +22,9 @@ from .data import Collator, Example, pad_id
 from .doubts import warmup_doubts
 from .epoch_cache import HIDDEN, EpochCache, why_not
 from .errors import ConfigError, SmfError, Stopped, TrainingError
-from .evaluate import token_loss
 from .faults import explanation
 from .files import write_atomically, write_json
+from .loss import MeanTokenLoss
 from .methods import Prepared
 from .optimizer import SparseMemoryOptimizer
 from .ranks import join_again, mean_, same_everywhere
@@ -33,12 +33,6 @@ from .skipping import SKIPPED, Skipping
 from .stopping import StopAtSigterm
 
 PATIENCE = timedelta(days=1)  # of ranks with the first one, which may score for hours while they wait in a step
-
-
-def mean_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy summed over labels and divided by the labels of the whole step, over all its micro-batches."""
-    count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return token_loss(outputs.logits, labels).sum() / count
 
 
 class ScoreOnTheWay(TrainerCallback):
@@ -202,12 +196,13 @@ def fit(
         )
     most, listed = recipe.train.max_skipped, folder / SKIPPED
     skipping = Skipping(prepared.optimizer, examples, recipe.train.batch_size, most, listed, done, main=is_main())
+    loss_of = MeanTokenLoss(prepared.model)
     trainer = RunTrainer(
         model=prepared.model,
         args=arguments,
         train_dataset=examples,  # type: ignore[arg-type]
         data_collator=Collator(pad_id(tokenizer), loss, places),
-        compute_loss_func=skipping.watched(mean_token_loss),
+        compute_loss_func=skipping.watched(loss_of),
         optimizers=(prepared.optimizer, None),
         callbacks=[skipping, MetricsFile(folder / "metrics.jsonl", prepared.optimizer, done, skipping)],
     )
@@ -220,7 +215,7 @@ def fit(
     trainer.add_callback(goes_on)
     trainer.cache = _open_cache(recipe, prepared.model, examples, folder, name)
     trainer.started = time.perf_counter()
-    with StopAtSigterm() as stop, contextlib.ExitStack() as cleanup:
+    with StopAtSigterm() as stop, contextlib.ExitStack() as cleanup, loss_of:
         if trainer.cache is not None:
             cleanup.callback(trainer.cache.close)
         trainer.add_callback(stop)  # last: a step is scored before it is saved

@@ -19,8 +19,8 @@ from .costs import Costs, bytes_of, costs_of, model_of
 from .data import Loaded
 from .dry_run import examples_here
 from .errors import ConfigError
-from .evaluate import token_loss
 from .loop import training_steps
+from .loss import MeanTokenLoss
 from .optimizer import SparseMemoryOptimizer
 from .recipe import UNTRAINED, MemoryOptions, Method, Recipe
 from .shape import available_memory
@@ -291,14 +291,15 @@ def _train(recipe: Recipe, method: Method, base: Any, steps: int) -> list[tuple[
     model.train()
     shape = (recipe.train.micro_batch_size, recipe.train.max_length)
     times = []
-    for _ in range(steps):
-        ids_BS = torch.randint(base.config.vocab_size, shape, device=device)
-        began = _now(device)
-        token_loss(model(input_ids=ids_BS).logits, ids_BS).sum().div(ids_BS.numel()).backward()
-        between = _now(device)
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append((between - began, _now(device) - between))
+    with MeanTokenLoss(model) as loss_of:
+        for _ in range(steps):
+            ids_BS = torch.randint(base.config.vocab_size, shape, device=device)
+            began = _now(device)
+            loss_of(model(input_ids=ids_BS), ids_BS).backward()
+            between = _now(device)
+            optimizer.step()
+            optimizer.zero_grad()
+            times.append((between - began, _now(device) - between))
     return times
 
 

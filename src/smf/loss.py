@@ -1,0 +1,163 @@
+"""The loss: cross-entropy of each next token, whose logits are made for some positions at a time."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .memory import evaluation_mode
+
+AT_ONCE = 2**25  # numbers of logits: 128 MiB in float32
+
+
+def token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Cross-entropy `[B, S - 1]` of each next token, in at least float32; zero where there is no label.
+
+    Without gradients it works on some positions at a time, so that it needs little beside the logits.
+    """
+    next_BS = labels_BS[:, 1:]
+    labelled_BS = next_BS != -100
+    if torch.is_grad_enabled():
+        losses_L = _cross_entropy(logits_BSV[:, :-1][labelled_BS], next_BS[labelled_BS])  # the L labelled positions
+    else:
+        places = places_of(labelled_BS, logits_BSV.shape[-1])
+        losses_L = torch.cat([_cross_entropy(logits_BSV[at], next_BS[at]) for at in places])
+    return losses_L.new_zeros(next_BS.shape).masked_scatter(labelled_BS, losses_L)
+
+
+class MeanTokenLoss:
+    """Cross-entropy summed over labels and divided by the labels of the whole step, over all its micro-batches.
+
+    It is Trainer's `compute_loss_func`. As a context, it keeps the logits of a whole batch from being made, which take
+    more memory than anything else where the vocabulary is large: in training the model makes them of the first
+    position alone, and the loss those of positions with a label, `AT_ONCE` numbers at a time, with their gradient at
+    once. The values are the same, up to the order of sums. A model whose logits are more than a linear layer of its
+    hidden states (capped, scaled, a head with an adapter) makes them all, as it does outside of the context.
+
+    Args:
+        model: that is trained, before anything is wrapped around it.
+    """
+
+    def __init__(self, model: Any):
+        self._model = model
+        self._head: nn.Linear | None = None
+        self._hidden_BSD: Tensor | None = None
+
+    def __enter__(self) -> MeanTokenLoss:
+        self._head = _plain_head(self._model)
+        if self._head is not None:
+            self._handle = self._head.register_forward_pre_hook(self._keep)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._head is not None:
+            self._handle.remove()
+        self._head = self._hidden_BSD = None
+
+    def _keep(self, head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        if not (self._model.training and torch.is_grad_enabled()):
+            return None
+        (self._hidden_BSD,) = args
+        return (args[0][:, :1],)
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The loss of a micro-batch that the model has just read.
+
+        Args:
+            outputs: of the model.
+            labels: `[B, S]`; -100 where there is none.
+            num_items_in_batch: labels of the whole step; None: those of this micro-batch.
+        """
+        next_BS = labels[:, 1:]
+        labelled_BS = next_BS != -100
+        count = labelled_BS.sum() if num_items_in_batch is None else num_items_in_batch
+        kept = self.taken()
+        if kept is None:
+            return token_loss(outputs.logits, labels).sum() / count
+        hidden_BSD, head = kept
+        return summed_loss(hidden_BSD[:, :-1][labelled_BS], head, next_BS[labelled_BS]) / count
+
+    def taken(self) -> tuple[Tensor, nn.Linear] | None:
+        """What the model has just kept from its head, and the head; None where it made all logits."""
+        hidden_BSD, self._hidden_BSD = self._hidden_BSD, None
+        return None if hidden_BSD is None or self._head is None else (hidden_BSD, self._head)
+
+
+def summed_loss(hidden_LD: Tensor, head: nn.Linear, next_L: Tensor) -> Tensor:
+    """Summed cross-entropy of `head(hidden_LD)` with the tokens that come next, in at least float32.
+
+    Its gradient is computed with it, part by part, so no graph of the logits is kept. PyTorch's own
+    `linear_cross_entropy` does the same since 2.13, and rounds the sum to the dtype of the hidden states: of a step in
+    float16 it may be infinite, in bfloat16 it has three digits.
+    """
+    return _SummedLoss.apply(hidden_LD, head.weight, head.bias, next_L)  # type: ignore[return-value]
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, next_L: Tensor) -> Tensor:
+        given = (hidden_LD, weight_VD, bias_V)
+        wanted = ctx.needs_input_grad[:3]
+        grads = [torch.zeros_like(t) if t is not None and w else None for t, w in zip(given, wanted, strict=True)]
+        total = hidden_LD.new_zeros((), dtype=_wide(hidden_LD.dtype))
+        positions = _positions(len(weight_VD))
+        for part in (slice(at, at + positions) for at in range(0, len(hidden_LD), positions)):
+            into = [hidden_LD[part], weight_VD, bias_V]
+            into = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(into, wanted, strict=True)]
+            with torch.enable_grad():
+                loss = _cross_entropy(F.linear(*into), next_L[part]).sum()  # type: ignore[arg-type]
+            total += loss.detach()
+            if any(wanted):
+                found = iter(torch.autograd.grad(loss, [t for t in into if t is not None and t.requires_grad]))
+                for number, grad in enumerate(grads):
+                    if grad is not None:
+                        (grad[part] if number == 0 else grad).add_(next(found))
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *(None if each is None else each * grad for each in ctx.saved_tensors), None
+
+
+def _plain_head(model: Any) -> nn.Linear | None:
+    """The layer whose outputs are the model's logits, where it is nothing but linear."""
+    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = bare.get_output_embeddings() if hasattr(bare, "get_output_embeddings") else None
+    if type(head) is not nn.Linear or "forward" in vars(head):  # quantised, adapted, or moved about by accelerate
+        return None
+    made: list[Tensor] = []
+    handle = head.register_forward_hook(lambda *call: made.append(call[2]))
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)).logits
+    finally:
+        handle.remove()
+    return head if len(made) == 1 and logits is made[0] else None
+
+
+def places_of(mask_BS: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
+    """The places of a mask, in order, so many at a time as have `AT_ONCE` logits; of an empty one, none once."""
+    return [(places[:, 0], places[:, 1]) for places in mask_BS.nonzero().split(_positions(vocabulary))]
+
+
+def _cross_entropy(logits_LV: Tensor, next_L: Tensor) -> Tensor:
+    return F.cross_entropy(logits_LV.to(_wide(logits_LV.dtype)), next_L, reduction="none")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _positions(vocabulary: int) -> int:
+    """Positions whose logits are made at a time."""
+    return max(1, AT_ONCE // vocabulary)

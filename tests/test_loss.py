@@ -1,0 +1,149 @@
+"""The loss of training: that of all logits, of which only labelled ones are ever made, some at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import smf
+import smf.loss
+from conftest import tiny_base, tiny_model
+from smf.loss import MeanTokenLoss, summed_loss, token_loss
+from test_architectures import MODELS, tiny
+from test_memory_growth import LargeOutputs
+
+MORE_THAN_LINEAR = {"Gemma2", "Granite", "Cohere"}  # caps and scales of logits
+
+
+@pytest.fixture(autouse=True)
+def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three positions of tests' vocabularies."""
+    monkeypatch.setattr(smf.loss, "AT_ONCE", 300)
+
+
+def lesson() -> tuple[Tensor, Tensor]:
+    """Tokens and labels: answers of unequal length, and an example without any."""
+    ids = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    for row, answered in enumerate((5, 3, 0, 9)):
+        labels[row, : 12 - answered] = -100
+    return ids, labels
+
+
+def gradients(model: Any, inside: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and the gradient of all that trains, of a memory's reads too."""
+    ids, labels = lesson()
+    model.zero_grad()
+    loss_of = MeanTokenLoss(model)
+    if inside:
+        with loss_of:
+            loss = loss_of(model(input_ids=ids), labels, 20)
+    else:
+        loss = loss_of(model(input_ids=ids), labels, 20)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for layer, memory in smf.memory_layers(model).items():
+        found[f"reads {layer}"] = memory.pending[-1].g_TD.clone()
+    return loss.detach(), found
+
+
+def trained(kind: str) -> Any:
+    if kind == "smf":
+        model: Any = tiny_model(layers=[1, 2], init="paper")
+        model.optimizer = smf.SparseMemoryOptimizer(model, lr=0.1, rule="tf")  # for which the model keeps its reads
+        return model
+    base = tiny_base(tie_word_embeddings=kind == "tied").requires_grad_(True)
+    return get_peft_model(base, LoraConfig(target_modules="all-linear")) if kind == "lora" else base
+
+
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys() and a
+    for name, grad in a.items():
+        assert (grad - b[name]).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize("kind", ["smf", "lora", "full", "tied"])
+def test_loss_and_gradients_are_those_of_all_logits(kind: str):
+    model = trained(kind).train()
+    loss, of_all = gradients(model, inside=False)
+    parts, of_parts = gradients(model, inside=True)
+    assert loss > 0 and torch.isclose(loss, parts, rtol=1e-6)
+    assert_close(of_all, of_parts)
+    assert any("lm_head" in name for name in of_parts) == (kind == "full")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_has_the_same_loss_and_only_plain_heads_make_fewer_logits(name: str):
+    model: PreTrainedModel = tiny(name).requires_grad_(True).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loss, of_all = gradients(model, inside=False)
+    parts, of_parts = gradients(model, inside=True)
+    assert torch.isclose(loss, parts, rtol=1e-5)
+    assert_close(of_all, of_parts)
+    with MeanTokenLoss(model):
+        positions = model(input_ids=lesson()[0]).logits.shape[1]
+    assert positions == (12 if name in MORE_THAN_LINEAR else 1)
+
+
+def test_no_more_logits_are_made_than_some_positions_have():
+    model, (ids, labels) = trained("smf").train(), lesson()
+
+    def made() -> list[str]:
+        return [name for name, shape in large.found if shape[-1] == model.config.vocab_size]
+
+    with MeanTokenLoss(model) as loss_of, LargeOutputs(5 * model.config.vocab_size, list(model.parameters())) as large:
+        loss_of(model(input_ids=ids), labels).backward()
+    assert made() == []
+    with LargeOutputs(5 * model.config.vocab_size, list(model.parameters())) as large:
+        MeanTokenLoss(model)(model(input_ids=ids), labels).backward()
+    assert made()
+
+
+def test_scoring_on_the_way_sees_all_logits_and_so_does_everyone_afterwards():
+    model, (ids, _) = trained("smf").eval(), lesson()
+    before = model(input_ids=ids).logits
+    with MeanTokenLoss(model):
+        assert torch.equal(model(input_ids=ids).logits, before)  # in evaluation mode
+        with torch.no_grad():
+            assert torch.allclose(model.train()(input_ids=ids).logits, before, atol=1e-5)
+        assert model(input_ids=ids).logits.shape[1] == 1
+    assert model(input_ids=ids).logits.shape == before.shape
+    with pytest.raises(ZeroDivisionError), MeanTokenLoss(model):
+        raise ZeroDivisionError
+    assert model(input_ids=ids).logits.shape == before.shape
+
+
+def test_an_adapted_or_replaced_head_makes_all_logits():
+    model: Any = get_peft_model(tiny_base(), LoraConfig(target_modules=["q_proj", "lm_head"])).train()
+    with MeanTokenLoss(model) as loss_of:
+        outputs = model(input_ids=lesson()[0])
+        assert outputs.logits.shape[1] == 12 and loss_of.taken() is None
+
+
+def test_a_micro_batch_without_labels_costs_nothing():
+    model, (ids, labels) = trained("full").train(), lesson()
+    with MeanTokenLoss(model) as loss_of:
+        loss = loss_of(model(input_ids=ids), torch.full_like(labels, -100), 7)
+        loss.backward()
+    assert loss == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_of_a_narrow_model_is_not_rounded_and_does_not_overflow(dtype: torch.dtype):
+    head = torch.nn.Linear(16, 100, bias=True).to(dtype)
+    hidden = (30 * torch.randn(4000, 16)).to(dtype).requires_grad_()
+    next_L = torch.randint(100, (4000,))
+    loss = summed_loss(hidden, head, next_L)
+    wide = token_loss(torch.cat([head(hidden), head(hidden[-1:])])[None], torch.cat([next_L[:1], next_L])[None]).sum()
+    assert loss.dtype == torch.float32 and 65_504 < loss < torch.inf  # the largest number of float16
+    assert torch.isclose(loss, wide, rtol=1e-5)
+    grads = [torch.autograd.grad(each / 4000, [hidden, head.weight, head.bias]) for each in (loss, wide)]
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == dtype and (a.float() - b.float()).norm() <= 0.02 * b.float().norm()
