@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # 4 x 256 random tokens, against LoRA without dropout and full finetuning
-TRAIN_STEP := --batch 4 --length 256 --documents 1 --text "" --lora-dropout 0 --warm-up-length 16 --output benchmarks/results/train_step.json
+TRAIN_STEP := --batch 4 --length 256 --documents 1 --steps 1 --text "" --lora-dropout 0 --warm-up-length 16 --output benchmarks/results/train_step.json
 
 .PHONY: help demo test test-all lint bench clean
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import smf
 from qwen_shape import QWEN
 from smf.epoch_cache import EpochCache
+from smf.loss import MeanTokenLoss
 from turns import Result, compared, parser, spreads, take_turns
 
 STEPS, BATCH, LENGTH = 2, 1, 128
@@ -50,11 +51,12 @@ def measure(layers: list[int], vocabulary: int, turns: int) -> tuple[dict[str, A
     def epoch() -> None:
         for ids_BS in ids:
             mask_BS = torch.ones_like(ids_BS)
-            model(input_ids=ids_BS, attention_mask=mask_BS, labels=ids_BS, use_cache=False).loss.backward()
+            outputs = model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
+            loss_of(outputs, ids_BS).backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, MeanTokenLoss(model) as loss_of:
         caches: list[EpochCache] = []
 
         def first() -> None:

@@ -104,22 +104,26 @@ def summed_loss(hidden_LD: Tensor, head: nn.Linear, next_L: Tensor) -> Tensor:
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, next_L: Tensor) -> Tensor:
-        given = (hidden_LD, weight_VD, bias_V)
-        wanted = ctx.needs_input_grad[:3]
-        grads = [torch.zeros_like(t) if t is not None and w else None for t, w in zip(given, wanted, strict=True)]
-        total = hidden_LD.new_zeros((), dtype=_wide(hidden_LD.dtype))
+        given = zip((hidden_LD, weight_VD, bias_V), ctx.needs_input_grad[:3], strict=True)
+        grads = [torch.zeros_like(t) if t is not None and wanted else None for t, wanted in given]
+        for_hidden_LD, for_weight_VD, for_bias_V = grads
+        wide = _wide(hidden_LD.dtype)
+        total = hidden_LD.new_zeros((), dtype=wide)
         positions = _positions(len(weight_VD))
         for part in (slice(at, at + positions) for at in range(0, len(hidden_LD), positions)):
-            into = [hidden_LD[part], weight_VD, bias_V]
-            into = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(into, wanted, strict=True)]
-            with torch.enable_grad():
-                loss = _cross_entropy(F.linear(*into), next_L[part]).sum()  # type: ignore[arg-type]
-            total += loss.detach()
-            if any(wanted):
-                found = iter(torch.autograd.grad(loss, [t for t in into if t is not None and t.requires_grad]))
-                for number, grad in enumerate(grads):
-                    if grad is not None:
-                        (grad[part] if number == 0 else grad).add_(next(found))
+            here_PD, next_P1 = hidden_LD[part], next_L[part, None]
+            log_p_PV = F.log_softmax(F.linear(here_PD, weight_VD, bias_V), -1, dtype=wide)
+            total -= log_p_PV.gather(1, next_P1).sum()
+            # with respect to logits: what is likely, less what came
+            for_logits_PV = log_p_PV.exp_().scatter_add_(1, next_P1, -torch.ones_like(next_P1, dtype=wide))
+            for_logits_PV = for_logits_PV.to(hidden_LD.dtype)
+            if for_hidden_LD is not None:
+                for_hidden_LD[part] = for_logits_PV @ weight_VD
+            if for_weight_VD is not None:
+                for_weight_VD.addmm_(for_logits_PV.T, here_PD)
+            if for_bias_V is not None:
+                for_bias_V += for_logits_PV.sum(0)
+            del log_p_PV, for_logits_PV  # before the next part's are made
         ctx.save_for_backward(*grads)
         return total
 
