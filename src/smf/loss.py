@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .memory import evaluation_mode
 
-AT_ONCE = 2**25  # numbers of logits: 128 MiB in float32
+AT_ONCE = 2**24  # numbers of logits: 64 MiB in float32
 
 
 def token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
