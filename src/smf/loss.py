@@ -104,10 +104,12 @@ def summed_loss(hidden_LD: Tensor, head: nn.Linear, next_L: Tensor) -> Tensor:
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, next_L: Tensor) -> Tensor:
-        given = zip((hidden_LD, weight_VD, bias_V), ctx.needs_input_grad[:3], strict=True)
-        grads = [torch.zeros_like(t) if t is not None and wanted else None for t, wanted in given]
-        for_hidden_LD, for_weight_VD, for_bias_V = grads
         wide = _wide(hidden_LD.dtype)
+        given = zip(
+            (hidden_LD, weight_VD, bias_V), ctx.needs_input_grad[:3], (hidden_LD.dtype, wide, wide), strict=True
+        )
+        grads = [torch.zeros_like(t, dtype=as_) if t is not None and wanted else None for t, wanted, as_ in given]
+        for_hidden_LD, for_weight_VD, for_bias_V = grads
         total = hidden_LD.new_zeros((), dtype=wide)
         positions = _positions(len(weight_VD))
         for part in (slice(at, at + positions) for at in range(0, len(hidden_LD), positions)):
@@ -116,15 +118,14 @@ class _SummedLoss(torch.autograd.Function):
             total -= log_p_PV.gather(1, next_P1).sum()
             # with respect to logits: what is likely, less what came
             for_logits_PV = log_p_PV.exp_().scatter_add_(1, next_P1, -torch.ones_like(next_P1, dtype=wide))
-            for_logits_PV = for_logits_PV.to(hidden_LD.dtype)
             if for_hidden_LD is not None:
-                for_hidden_LD[part] = for_logits_PV @ weight_VD
-            if for_weight_VD is not None:
-                for_weight_VD.addmm_(for_logits_PV.T, here_PD)
+                for_hidden_LD[part] = for_logits_PV.to(here_PD.dtype) @ weight_VD
+            if for_weight_VD is not None:  # sums over parts, which narrow numbers would swallow
+                for_weight_VD.addmm_(for_logits_PV.T, here_PD.to(wide))
             if for_bias_V is not None:
                 for_bias_V += for_logits_PV.sum(0)
             del log_p_PV, for_logits_PV  # before the next part's are made
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*(None if each is None else each.to(hidden_LD.dtype) for each in grads))
         return total
 
     @staticmethod
