@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 import smf
 import smf.loss
 from conftest import tiny_base, tiny_model
+from smf.errors import TrainingError
 from smf.loss import MeanTokenLoss, summed_loss, token_loss
 from test_architectures import MODELS, tiny
 from test_memory_growth import LargeOutputs
@@ -120,30 +121,99 @@ def test_scoring_on_the_way_sees_all_logits_and_so_does_everyone_afterwards():
     assert model(input_ids=ids).logits.shape == before.shape
 
 
-def test_an_adapted_or_replaced_head_makes_all_logits():
-    model: Any = get_peft_model(tiny_base(), LoraConfig(target_modules=["q_proj", "lm_head"])).train()
+class InPlace(Qwen2ForCausalLM):
+    """Changes the logits that its head has made."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits.mul_(3)
+        return outputs
+
+
+class Asking(Qwen2ForCausalLM):
+    """Needs more than tokens."""
+
+    def forward(self, *args: Any, attention_mask: Tensor, **kwargs: Any) -> Any:
+        return super().forward(*args, attention_mask=attention_mask, **kwargs)
+
+
+def other_heads() -> dict[str, Any]:
+    hooked = tiny_base()
+    hooked.lm_head.register_forward_hook(lambda head, args, made: 3 * made)
+    lora = [["q_proj", "lm_head"], None], [["q_proj"], ["lm_head"]]
+    adapted, copied = (
+        get_peft_model(tiny_base(), LoraConfig(target_modules=targets, modules_to_save=saved))
+        for targets, saved in lora
+    )
+    return {"adapted": adapted, "copied": copied, "hooked": hooked, "in place": InPlace(tiny_base().config)}
+
+
+@pytest.mark.parametrize("kind", ["adapted", "copied", "hooked", "in place"])
+def test_a_head_that_is_adapted_or_whose_logits_are_changed_makes_all_of_them(kind: str):
+    model, (ids, labels) = other_heads()[kind].train(), lesson()
+    expected = token_loss(model(input_ids=ids).logits, labels).sum() / 20
     with MeanTokenLoss(model) as loss_of:
-        outputs = model(input_ids=lesson()[0])
-        assert outputs.logits.shape[1] == 12 and loss_of.taken() is None
+        outputs = model(input_ids=ids)
+        assert outputs.logits.shape[1] == 12
+        assert torch.isclose(loss_of(outputs, labels, 20), expected)
 
 
-def test_a_micro_batch_without_labels_costs_nothing():
+def test_a_model_that_needs_more_than_tokens_makes_all_logits():
+    model, (ids, labels) = Asking(tiny_base().config).train(), lesson()
+    with MeanTokenLoss(model) as loss_of:
+        outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert outputs.logits.shape[1] == 12 and loss_of(outputs, labels) > 0
+
+
+def test_a_loss_is_of_what_the_model_read_last_or_refused():
+    model, (ids, labels) = trained("full").train(), lesson()
+    with MeanTokenLoss(model) as loss_of:
+        model(input_ids=ids)  # nobody takes its loss
+        outputs = model.eval()(input_ids=ids.flip(0))
+        expected = token_loss(outputs.logits, labels).sum() / (labels[:, 1:] != -100).sum()
+        assert torch.equal(loss_of(outputs, labels), expected)
+        model.train()(input_ids=ids)
+        with pytest.raises(TrainingError, match="two forward passes"):
+            model(input_ids=ids)
+        with pytest.raises(TrainingError, match=r"labels \[4, 11\].*\[4, 12\]"):
+            loss_of(None, labels[:, 1:])
+        with pytest.raises(TrainingError, match="open already"), loss_of:
+            pass
+
+
+def test_in_autocast_the_head_works_as_the_model_does():
+    model, (ids, labels) = trained("full").train(), lesson()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = token_loss(model(input_ids=ids).logits, labels).sum() / 20
+    with MeanTokenLoss(model) as loss_of:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(input_ids=ids)
+        loss = loss_of(outputs, labels, 20)  # outside of it, as accelerate has it
+    assert torch.isclose(loss, expected, rtol=1e-6) and loss.dtype == torch.float32
+    narrow, wide = (torch.autograd.grad(each, [*model.parameters()]) for each in (loss, expected))
+    for a, b in zip(narrow, wide, strict=True):
+        assert (a - b).norm() <= 0.05 * b.norm()
+
+
+def test_a_micro_batch_without_labels_costs_nothing_and_leaves_no_gradient_out():
     model, (ids, labels) = trained("full").train(), lesson()
     with MeanTokenLoss(model) as loss_of:
         loss = loss_of(model(input_ids=ids), torch.full_like(labels, -100), 7)
         loss.backward()
-    assert loss == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert loss == 0 and not any(p.grad.any() for p in model.parameters())  # all have one, as DDP needs
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_loss_of_a_narrow_model_is_not_rounded_and_does_not_overflow(dtype: torch.dtype):
+def test_the_loss_of_a_narrow_model_is_not_rounded_and_its_sums_do_not_overflow(dtype: torch.dtype):
+    torch.manual_seed(0)
     head = torch.nn.Linear(16, 100, bias=True).to(dtype)
-    hidden = (30 * torch.randn(4000, 16)).to(dtype).requires_grad_()
+    hidden = (30 * torch.randn(4000, 16) + 40).to(dtype).requires_grad_()
     next_L = torch.randint(100, (4000,))
-    loss = summed_loss(hidden, head, next_L)
+    next_L[:2500] = 7  # whose sum of hidden states is above float16's largest number, 65,504
+    loss = summed_loss(hidden, head, next_L) / 4000
     wide = token_loss(torch.cat([head(hidden), head(hidden[-1:])])[None], torch.cat([next_L[:1], next_L])[None]).sum()
-    assert loss.dtype == torch.float32 and 65_504 < loss < torch.inf  # the largest number of float16
-    assert torch.isclose(loss, wide, rtol=1e-5)
-    grads = [torch.autograd.grad(each / 4000, [hidden, head.weight, head.bias]) for each in (loss, wide)]
+    assert loss.dtype == torch.float32 and loss * 4000 > 65_504 and torch.isclose(loss, wide / 4000, rtol=1e-5)
+    grads = [torch.autograd.grad(each, [hidden, head.weight, head.bias]) for each in (loss, wide / 4000)]
     for a, b in zip(*grads, strict=True):
-        assert a.dtype == dtype and (a.float() - b.float()).norm() <= 0.01 * b.float().norm()
+        assert a.dtype == dtype and a.isfinite().all()
+        assert (a.float() - b.float()).norm() <= 0.01 * b.float().norm()

@@ -18,6 +18,7 @@ from smf import cli
 from smf.adapter import set_train
 from smf.costs import Live, _loss, _quiet, bytes_of, costs_of, count_passes, model_of
 from smf.errors import ConfigError
+from smf.loss import MeanTokenLoss
 from smf.memory import memory_layers
 from smf.optimizer import SparseMemoryOptimizer
 from smf.plan import BACKBONES, Measured, _shape, measure, seconds_of, short
@@ -62,9 +63,15 @@ def test_without_numbers_the_same_bytes_and_operations_are_counted_as_with_them(
     model.train()
     ids = torch.zeros(2, 16, dtype=torch.long)
     live = Live(tensor for tensors in (model.parameters(), model.buffers(), [ids]) for tensor in tensors)
-    with _quiet(), live, torch.set_grad_enabled(optimizer is not None), FlopCounterMode(display=False) as counter:
+    with (
+        _quiet(),
+        MeanTokenLoss(model) as loss_of,
+        live,
+        torch.set_grad_enabled(optimizer is not None),
+        FlopCounterMode(display=False) as counter,
+    ):
         for _ in range(times):
-            loss = _loss(model, ids)
+            loss = _loss(model, loss_of, ids)
             if optimizer is not None:
                 loss.backward()
     assert counted.held == pytest.approx(live.most, rel=0.02)

@@ -91,7 +91,10 @@ def test_the_benchmark_of_the_shape_measures_every_side_on_equal_steps(
     )
     first = [turn["first_loss"] for turn in turns.values()]
     assert first == pytest.approx([first[0]] * 6, rel=1e-6)  # nothing has trained yet
-    assert len({round(turn["last_loss"], 4) for turn in turns.values()}) == 4
+    last = {side: turn["last_loss"] for side, turn in turns.items()}
+    assert len({round(loss, 4) for loss in last.values()}) == 4
+    for side in ("lora", "full"):
+        assert last[side] == pytest.approx(last[f"{side}, our loss"], abs=1e-4)
     for side, turn in turns.items():
         assert len(turn["steps"]) == 2 and min(turn["steps"]) > 0
         assert turn["peak"] > 0 and turn["loaded"] > 0

@@ -192,9 +192,14 @@ def count_passes(model: Any, rows: int, length: int, times: int = 1) -> Passes:
         trains = any(p.requires_grad for p in model.parameters())
         ids = torch.empty(rows, length, dtype=torch.long)
         live = Live(tensor for tensors in (model.parameters(), model.buffers(), [ids]) for tensor in tensors)
-        with live, torch.set_grad_enabled(trains), FlopCounterMode(display=False) as counter:
+        with (
+            MeanTokenLoss(model) as loss_of,
+            live,
+            torch.set_grad_enabled(trains),
+            FlopCounterMode(display=False) as counter,
+        ):
             for _ in range(again := min(times, 2)):  # the second one finds gradients there; a third one finds no more
-                loss = _loss(model, ids)
+                loss = _loss(model, loss_of, ids)
                 if trains:
                     loss.backward()
         flops = (
@@ -203,12 +208,11 @@ def count_passes(model: Any, rows: int, length: int, times: int = 1) -> Passes:
         return Passes(float(flops), live.most)
 
 
-def _loss(model: Any, ids_BS: Tensor) -> Tensor:
+def _loss(model: Any, loss_of: MeanTokenLoss, ids_BS: Tensor) -> Tensor:
     """Of all positions, as `MeanTokenLoss` takes those with labels."""
-    with MeanTokenLoss(model) as loss_of:
-        logits_BSV, kept = model(input_ids=ids_BS).logits, loss_of.taken()
+    logits_BSV, kept = model(input_ids=ids_BS).logits, loss_of.taken()
     if kept is not None:
-        hidden_BSD, head = kept
+        hidden_BSD, head, _ = kept
         return summed_loss(hidden_BSD[:, :-1].flatten(0, 1), head, ids_BS[:, 1:].flatten())
     where_2L = torch.zeros(2, ids_BS[:, 1:].numel(), dtype=torch.long)
     logits_LV = logits_BSV[:, :-1][where_2L[0], where_2L[1]]

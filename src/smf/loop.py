@@ -215,9 +215,10 @@ def fit(
     trainer.add_callback(goes_on)
     trainer.cache = _open_cache(recipe, prepared.model, examples, folder, name)
     trainer.started = time.perf_counter()
-    with StopAtSigterm() as stop, contextlib.ExitStack() as cleanup, loss_of:
+    with StopAtSigterm() as stop, contextlib.ExitStack() as cleanup:
         if trainer.cache is not None:
             cleanup.callback(trainer.cache.close)
+        cleanup.enter_context(loss_of)
         trainer.add_callback(stop)  # last: a step is scored before it is saved
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .errors import TrainingError
 from .memory import evaluation_mode
 
 AT_ONCE = 2**24  # numbers of logits: 64 MiB in float32
+AT_ONCE_ON_GPU = 2**27  # larger products suit it, and its bandwidth the sums over parts; not measured there
 
 
 def token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -47,9 +50,11 @@ class MeanTokenLoss:
     def __init__(self, model: Any):
         self._model = model
         self._head: nn.Linear | None = None
-        self._hidden_BSD: Tensor | None = None
+        self._kept: tuple[Tensor, torch.autocast] | None = None
 
     def __enter__(self) -> MeanTokenLoss:
+        if self._head is not None:
+            raise TrainingError("this loss is open already; make another MeanTokenLoss, or close this one first")
         self._head = _plain_head(self._model)
         if self._head is not None:
             self._handle = self._head.register_forward_pre_hook(self._keep)
@@ -60,13 +65,19 @@ class MeanTokenLoss:
     ) -> None:
         if self._head is not None:
             self._handle.remove()
-        self._head = self._hidden_BSD = None
+        self._head = self._kept = None
 
     def _keep(self, head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         if not (self._model.training and torch.is_grad_enabled()):
+            self._kept = None
             return None
-        (self._hidden_BSD,) = args
-        return (args[0][:, :1],)
+        if self._kept is not None:
+            raise TrainingError("two forward passes in training, and no loss of the first; take it before the second")
+        (hidden_BSD,) = args
+        kind = hidden_BSD.device.type
+        as_now = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+        self._kept = (hidden_BSD, as_now)
+        return (hidden_BSD[:, :1],)
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss of a micro-batch that the model has just read.
@@ -75,20 +86,27 @@ class MeanTokenLoss:
             outputs: of the model.
             labels: `[B, S]`; -100 where there is none.
             num_items_in_batch: labels of the whole step; None: those of this micro-batch.
+
+        Raises:
+            TrainingError: where the labels are not those of the tokens that the model read last.
         """
         next_BS = labels[:, 1:]
         labelled_BS = next_BS != -100
         count = labelled_BS.sum() if num_items_in_batch is None else num_items_in_batch
         kept = self.taken()
+        read = outputs.logits if kept is None else kept[0]
+        if read.shape[:2] != labels.shape:
+            raise TrainingError(f"labels {list(labels.shape)}, but the model read tokens {list(read.shape[:2])} last")
         if kept is None:
             return token_loss(outputs.logits, labels).sum() / count
-        hidden_BSD, head = kept
-        return summed_loss(hidden_BSD[:, :-1][labelled_BS], head, next_BS[labelled_BS]) / count
+        hidden_BSD, head, as_then = kept
+        with as_then:
+            return summed_loss(hidden_BSD[:, :-1][labelled_BS], head, next_BS[labelled_BS]) / count
 
-    def taken(self) -> tuple[Tensor, nn.Linear] | None:
-        """What the model has just kept from its head, and the head; None where it made all logits."""
-        hidden_BSD, self._hidden_BSD = self._hidden_BSD, None
-        return None if hidden_BSD is None or self._head is None else (hidden_BSD, self._head)
+    def taken(self) -> tuple[Tensor, nn.Linear, torch.autocast] | None:
+        """What the model has just kept from its head, the head, and its precision; None where it made all logits."""
+        kept, self._kept = self._kept, None
+        return None if kept is None or self._head is None else (kept[0], self._head, kept[1])
 
 
 def summed_loss(hidden_LD: Tensor, head: nn.Linear, next_L: Tensor) -> Tensor:
@@ -104,55 +122,68 @@ def summed_loss(hidden_LD: Tensor, head: nn.Linear, next_L: Tensor) -> Tensor:
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, next_L: Tensor) -> Tensor:
-        wide = _wide(hidden_LD.dtype)
-        given = zip(
-            (hidden_LD, weight_VD, bias_V), ctx.needs_input_grad[:3], (hidden_LD.dtype, wide, wide), strict=True
-        )
+        ctx.dtype, wide = hidden_LD.dtype, _wide(hidden_LD.dtype)
+        given = zip((hidden_LD, weight_VD, bias_V), ctx.needs_input_grad[:3], (ctx.dtype, wide, wide), strict=True)
         grads = [torch.zeros_like(t, dtype=as_) if t is not None and wanted else None for t, wanted, as_ in given]
         for_hidden_LD, for_weight_VD, for_bias_V = grads
         total = hidden_LD.new_zeros((), dtype=wide)
-        positions = _positions(len(weight_VD))
+        positions = _positions(weight_VD)
         for part in (slice(at, at + positions) for at in range(0, len(hidden_LD), positions)):
             here_PD, next_P1 = hidden_LD[part], next_L[part, None]
             log_p_PV = F.log_softmax(F.linear(here_PD, weight_VD, bias_V), -1, dtype=wide)
             total -= log_p_PV.gather(1, next_P1).sum()
             # with respect to logits: what is likely, less what came
             for_logits_PV = log_p_PV.exp_().scatter_add_(1, next_P1, -torch.ones_like(next_P1, dtype=wide))
-            if for_hidden_LD is not None:
-                for_hidden_LD[part] = for_logits_PV.to(here_PD.dtype) @ weight_VD
-            if for_weight_VD is not None:  # sums over parts, which narrow numbers would swallow
-                for_weight_VD.addmm_(for_logits_PV.T, here_PD.to(wide))
             if for_bias_V is not None:
                 for_bias_V += for_logits_PV.sum(0)
+            for_logits_PV = for_logits_PV.to(here_PD.dtype)
+            if for_hidden_LD is not None:
+                for_hidden_LD[part] = for_logits_PV @ weight_VD
+            if for_weight_VD is not None:
+                _add_product_(for_weight_VD, for_logits_PV.T, here_PD)
             del log_p_PV, for_logits_PV  # before the next part's are made
-        ctx.save_for_backward(*(None if each is None else each.to(hidden_LD.dtype) for each in grads))
+        ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *(None if each is None else each * grad for each in ctx.saved_tensors), None
+        # the head's gradient of a sum may be too large for float16, which that of the mean is not
+        return *(None if each is None else (each * grad).to(ctx.dtype) for each in ctx.saved_tensors), None
+
+
+def _add_product_(sum_VD: Tensor, a_VP: Tensor, b_PD: Tensor) -> None:
+    """Add `a @ b` to a sum that may be wider, so that many parts do not swallow what is small."""
+    if sum_VD.dtype == b_PD.dtype:
+        sum_VD.addmm_(a_VP, b_PD)
+    else:
+        sum_VD += a_VP @ b_PD
 
 
 def _plain_head(model: Any) -> nn.Linear | None:
     """The layer whose outputs are the model's logits, where it is nothing but linear."""
     bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = bare.get_output_embeddings() if hasattr(bare, "get_output_embeddings") else None
-    if type(head) is not nn.Linear or "forward" in vars(head):  # quantised, adapted, or moved about by accelerate
+    # quantised or adapted, moved about by accelerate, or sharded
+    if type(head) is not nn.Linear or "forward" in vars(head) or is_traceable_wrapper_subclass(head.weight):
         return None
-    made: list[Tensor] = []
-    handle = head.register_forward_hook(lambda *call: made.append(call[2]))
+    made: list[tuple[Tensor, int]] = []
+    handle = head.register_forward_hook(lambda *call: made.append((call[2], call[2]._version)), prepend=True)
     try:
         with torch.no_grad(), evaluation_mode(model):
             logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)).logits
+    except Exception:  # it needs more than tokens: whatever that is, training gives it, or fails with its own words
+        return None
     finally:
         handle.remove()
-    return head if len(made) == 1 and logits is made[0] else None
+    untouched = len(made) == 1 and logits is made[0][0] and logits._version == made[0][1]
+    return head if untouched else None
 
 
 def places_of(mask_BS: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
     """The places of a mask, in order, so many at a time as have `AT_ONCE` logits; of an empty one, none once."""
-    return [(places[:, 0], places[:, 1]) for places in mask_BS.nonzero().split(_positions(vocabulary))]
+    at_once = max(1, AT_ONCE // vocabulary)
+    return [(places[:, 0], places[:, 1]) for places in mask_BS.nonzero().split(at_once)]
 
 
 def _cross_entropy(logits_LV: Tensor, next_L: Tensor) -> Tensor:
@@ -163,6 +194,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _positions(vocabulary: int) -> int:
+def _positions(weight_VD: Tensor) -> int:
     """Positions whose logits are made at a time."""
-    return max(1, AT_ONCE // vocabulary)
+    return max(1, (AT_ONCE if weight_VD.device.type == "cpu" else AT_ONCE_ON_GPU) // len(weight_VD))
