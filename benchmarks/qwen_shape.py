@@ -55,7 +55,7 @@ from smf.recipe_file import load_recipe
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
 OUR_LOSS = ", our loss"
-SIDES = ("smf", "late-rows", "lora", "full", f"lora{OUR_LOSS}", f"full{OUR_LOSS}")  # the others are compared with all but the first
+SIDES = ("smf", "late-rows", "lora", "full", f"lora{OUR_LOSS}", f"full{OUR_LOSS}")  # compared with all but the first
 QWEN = {  # the configuration of Qwen2.5-0.5B
     "vocab_size": 151936,
     "hidden_size": 896,

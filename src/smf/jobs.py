@@ -66,7 +66,7 @@ class _Running:
 
 def start_server(modules: list[str]) -> None:
     """Begin, in the background, to import modules that jobs will need, once for all of them."""
-    # beside other work a job whose threads spin while they wait for each other is many times slower (docs/decisions.md, 93)
+    # beside other work, threads that spin while they wait make a job many times slower (docs/decisions.md, 93)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if FORKS:
         forkserver.set_forkserver_preload(modules)
