@@ -3,12 +3,12 @@
     python benchmarks/qwen_shape.py                                                         # a CPU, 1 x 128
     python benchmarks/qwen_shape.py --device cuda --dtype bfloat16 --batch 16 --length 512 --warm-up 10 --steps 40
 
-Both were run (benchmarks/results/qwen_shape_cpu.json, qwen_shape_cuda.json). The weights are random (`--base` takes a
-folder's or the hub's), the tokens are real text, read again from its start where it ends; memory, learning rates
-(constant here), clipping and optimizers are those of `medmcqa.toml`: "smf" has its memories around the middle,
-"late-rows", which came after those files, at the last layer. With `--dtype bfloat16` the methods are what they
-are in runs of a recipe with that `dtype`: base and full finetuning in bfloat16, the memory's table and LoRA's matrices
-in float32.
+Both were run (benchmarks/results/qwen_shape_cpu.json, qwen_shape_cuda.json), before "our loss" was there. The weights
+are random (`--base` takes a folder's or the hub's), the tokens are real text, read again from its start where it ends;
+memory, learning rates (constant here), clipping and optimizers are those of `medmcqa.toml`: "smf" has its memories
+around the middle, "late-rows", which came after those files, at the last layer. With `--dtype bfloat16` the methods are
+what they are in runs of a recipe with that `dtype`: base and full finetuning in bfloat16, the memory's table and LoRA's
+matrices in float32.
 
 "smf" and "late-rows" take the loss that `smf compare` gives to all methods (smf.loss.MeanTokenLoss), which makes logits
 for some positions at a time; "lora" and "full" take the model's own, as who trains them without smf does, and "lora,

@@ -68,6 +68,21 @@ def test_two_jobs_run_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture)
     assert "smf: one: done in" in printed and "smf: two: done in" in printed
 
 
+def say_how_threads_wait(file: Path) -> None:
+    file.write_text(os.environ.get("OMP_WAIT_POLICY", ""))
+
+
+def test_threads_of_jobs_sleep_while_they_wait_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jobs_module, "FORKS", False)  # a server that runs has the environment that it began with
+    for told, expected in ((None, "passive"), ("active", "active")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if told is not None:
+            monkeypatch.setenv("OMP_WAIT_POLICY", told)
+        start_server([])
+        run_jobs([Job("says", say_how_threads_wait, (tmp_path / expected,), tmp_path / "log")], 1)
+        assert (tmp_path / expected).read_text() == expected
+
+
 def test_where_forking_is_not_safe_each_job_imports_for_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):

@@ -28,11 +28,12 @@ pytest.importorskip("matplotlib")
 import fakes
 import smf.report
 from smf import cli, plots
+from smf.comparisons import Comparison
 from smf.errors import DataError
 from smf.logs import averaged, quantities, read_log
 from smf.report import write_report
 from smf.stats import Estimate, change
-from smf.study import Comparison, Point, measured, pareto
+from smf.study import Point, measured, pareto
 from smf.summary import Matched, Summary, columns_of, summarise
 
 HOSTILE = "<script>alert(1)</script>\"'&$x_1$<img src=x onerror=document.body.dataset.owned=1>"

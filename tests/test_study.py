@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import N, answers, base, choices, curve, result, scores
+from smf.comparisons import against
 from smf.errors import ConfigError, DataError
 from smf.matched import Drawn, at_equal_gain, finite, front, matched, matched_ratio, read_crosswise, read_off
 from smf.stats import holm, mcnemar, ratio
 from smf.study import (
     Measure,
     Point,
-    against,
     best_stage,
     change_of,
     chosen,

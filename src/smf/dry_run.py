@@ -19,7 +19,7 @@ from .epoch_cache import disk_bytes
 from .errors import HubError, SmfError
 from .harness import check_name
 from .loop import training_steps
-from .loss import AT_ONCE
+from .loss import positions_at_once
 from .memory import memory_layers
 from .prepare import (
     check_output,
@@ -291,7 +291,8 @@ def _gigabytes(recipe: Recipe, method: Method, config: Any, steps: int, longest:
     assert costs is not None  # what nobody can count has no Trained
     numbers = recipe.eval_batch_size * longest * config.vocab_size
     logits = numbers * (4 if recipe.dtype == "float32" else 2)
-    held = [logits + LOGITS * min(numbers, max(AT_ONCE, config.vocab_size)) + costs.states]  # of scoring
+    wide = positions_at_once(config.vocab_size, "cuda" if torch.cuda.is_available() else "cpu") * config.vocab_size
+    held = [logits + LOGITS * min(numbers, wide) + costs.states]  # of scoring
     if recipe.divergence:
         base = costs_of(recipe, Method(kind="base"), config, steps)
         held[0] += logits + (base.weights if base is not None else 0)  # beside the base

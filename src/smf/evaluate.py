@@ -70,7 +70,7 @@ def example_divergences(
             inputs = {k: v.to(device) for k, v in collate(batch).items()}
             learned_BS = inputs.pop("labels")[:, 1:] != -100
             was_BSV, is_BSV = (m(**inputs).logits for m in (base, model))
-            places = places_of(learned_BS, was_BSV.shape[-1])
+            places = places_of(learned_BS, was_BSV)
             kl_L = torch.cat([_divergence_of(was_BSV[at], is_BSV[at]) for at in places])
             kl_BS = kl_L.new_zeros(learned_BS.shape).masked_scatter(learned_BS, kl_L).double()
             for example, nats, tokens in zip(batch, kl_BS.sum(-1).tolist(), learned_BS.sum(-1).tolist(), strict=True):

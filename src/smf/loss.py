@@ -29,7 +29,7 @@ def token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         losses_L = _cross_entropy(logits_BSV[:, :-1][labelled_BS], next_BS[labelled_BS])  # the L labelled positions
     else:
-        places = places_of(labelled_BS, logits_BSV.shape[-1])
+        places = places_of(labelled_BS, logits_BSV)
         losses_L = torch.cat([_cross_entropy(logits_BSV[at], next_BS[at]) for at in places])
     return losses_L.new_zeros(next_BS.shape).masked_scatter(labelled_BS, losses_L)
 
@@ -127,7 +127,7 @@ class _SummedLoss(torch.autograd.Function):
         grads = [torch.zeros_like(t, dtype=as_) if t is not None and wanted else None for t, wanted, as_ in given]
         for_hidden_LD, for_weight_VD, for_bias_V = grads
         total = hidden_LD.new_zeros((), dtype=wide)
-        positions = _positions(weight_VD)
+        positions = positions_at_once(len(weight_VD), weight_VD.device.type)
         for part in (slice(at, at + positions) for at in range(0, len(hidden_LD), positions)):
             here_PD, next_P1 = hidden_LD[part], next_L[part, None]
             log_p_PV = F.log_softmax(F.linear(here_PD, weight_VD, bias_V), -1, dtype=wide)
@@ -180,10 +180,15 @@ def _plain_head(model: Any) -> nn.Linear | None:
     return head if untouched else None
 
 
-def places_of(mask_BS: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
-    """The places of a mask, in order, so many at a time as have `AT_ONCE` logits; of an empty one, none once."""
-    at_once = max(1, AT_ONCE // vocabulary)
+def places_of(mask_BS: Tensor, logits_BSV: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The places of a mask, in order, `positions_at_once` at a time; of an empty one, none once."""
+    at_once = positions_at_once(logits_BSV.shape[-1], logits_BSV.device.type)
     return [(places[:, 0], places[:, 1]) for places in mask_BS.nonzero().split(at_once)]
+
+
+def positions_at_once(vocabulary: int, device: str) -> int:
+    """Positions of which whole vocabularies are worked on at a time."""
+    return max(1, (AT_ONCE if device == "cpu" else AT_ONCE_ON_GPU) // vocabulary)
 
 
 def _cross_entropy(logits_LV: Tensor, next_L: Tensor) -> Tensor:
@@ -192,8 +197,3 @@ def _cross_entropy(logits_LV: Tensor, next_L: Tensor) -> Tensor:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _positions(weight_VD: Tensor) -> int:
-    """Positions whose logits are made at a time."""
-    return max(1, (AT_ONCE if weight_VD.device.type == "cpu" else AT_ONCE_ON_GPU) // len(weight_VD))

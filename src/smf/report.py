@@ -18,12 +18,14 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from . import plots
+from .comparisons import Comparison
 from .errors import DataError
 from .files import write_atomically
 from .logs import Get, Log, averaged, quantities, read_log
 from .plots import Line, number_text
+from .recipe import VALIDATION
 from .stats import Estimate, flips
-from .study import VALIDATION, Comparison, Measure, Point
+from .study import Measure, Point
 from .summary import MARGIN, Column, Summary, verdict
 from .table import COSTS, digits_of, label_of, mean_cost, methods_at_a_time, over_what
 from .tasks import find_task

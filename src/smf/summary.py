@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .comparisons import Comparison, against
 from .errors import ConfigError, DataError
 from .matched import Matched, at_equal_gain
+from .recipe import VALIDATION
 from .stats import RATIOS, Estimate, flips, non_inferior
 from .study import (
-    VALIDATION,
-    Comparison,
     Measure,
     Point,
-    against,
     by_method,
     chosen,
     common_seeds,
