@@ -151,6 +151,15 @@ def test_steps_are_measured_on_random_tokens():
         measure(recipe, METHODS["base"], LlamaConfig(**SMALL), 1, torch.get_num_threads())
 
 
+def test_passes_are_counted_once_for_methods_that_choose_and_move_rows_otherwise():
+    recipe, config, counted = recipe_of(), Qwen2Config(**SMALL), {}
+    smf = METHODS["smf"]
+    others = [replace(smf, rule="all"), replace(smf, reads="gradient", lr=9.0, rows_per_step=3), METHODS["lora"]]
+    for method in (smf, *others, replace(smf, train="rows+scale"), replace(smf, layers=[0])):
+        assert costs_of(recipe, method, config, 3, counted) == costs_of(recipe, method, config, 3)
+    assert len(counted) == 4  # rows, LoRA, a scale that trains too, another layer
+
+
 @pytest.mark.parametrize("settings", [(), ('base="someone/not-here"',)])
 def test_the_command_says_what_was_measured_and_what_not(
     settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

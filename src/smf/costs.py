@@ -35,6 +35,8 @@ ROW_KEPT = 3  # vectors that an optimizer keeps of a row it has chosen: two mome
 ROW_IDS = 40  # bytes of a chosen row's ids, their order and its step count
 READ = 24  # bytes that a rank sends of a row it read: id, what the rule counts, hits
 SUMMED = 4  # bytes of a number of a gradient that ranks add up
+MOVES = ["lr", "lr_other", "replay", "rule", "reads", "update", "betas", "select_every", "rows_per_step", "provenance"]
+MOVES += ["heal"]  # keys of a method that say how rows move, or what is read: its passes do without
 
 
 @dataclass(frozen=True)
@@ -236,16 +238,22 @@ def _quiet() -> Iterator[None]:
 # -- a method ---------------------------------------------------------------------------------------------------------
 
 
-def costs_of(recipe: Recipe, method: Method, config: Any, steps: int) -> Costs | None:
+def costs_of(
+    recipe: Recipe, method: Method, config: Any, steps: int, counted: dict[str, Passes] | None = None
+) -> Costs | None:
     """What a method of a recipe takes on the base of a configuration, in a training of so many steps.
 
     Of rows that a rule chooses nobody knows how many are other ones in every step: the most that can be is counted.
+
+    Args:
+        counted: passes that were counted for this recipe and configuration, which are not counted again; new ones are
+            added. Methods that differ in which rows they choose and how far these move have the same passes.
     """
     model = model_of(recipe, method, config)
-    return None if model is None else _costs(recipe, method, model, steps)
+    return None if model is None else _costs(recipe, method, model, steps, {} if counted is None else counted)
 
 
-def _costs(recipe: Recipe, method: Method, model: Any, steps: int) -> Costs:
+def _costs(recipe: Recipe, method: Method, model: Any, steps: int, counted: dict[str, Passes]) -> Costs:
     train = recipe.train
     micro, tokens = train.micro_batch_size * train.max_length, train.batch_size * train.max_length
     healing, every = method.kind == "healed", method.kind == "healed" or method.rule == "all"
@@ -268,7 +276,10 @@ def _costs(recipe: Recipe, method: Method, model: Any, steps: int) -> Costs:
     patch = sum(n * (s.d * s.table_dtype.itemsize + 4) for n, s in zip(ever, shapes, strict=True)) + trained
     result = patch + added if memories else trained
     times = max(1, train.batch_size // train.micro_batch_size)
-    passes = count_passes(model, train.micro_batch_size, train.max_length, times)
+    made_by = repr([(name, value) for name, value in vars(method).items() if name not in MOVES])
+    if made_by not in counted:
+        counted[made_by] = count_passes(model, train.micro_batch_size, train.max_length, times)
+    passes = counted[made_by]
     return Costs(
         tokens=tokens,
         flops=times * passes.flops + sum(2 * tokens * s.heads * s.knn * s.d for s in shapes),

@@ -12,7 +12,7 @@ import torch
 
 from . import methods
 from .base import base_config, check_models, load_tokenizer, naming_layers, on_this_machine
-from .costs import costs_of, model_of, skeleton
+from .costs import Passes, costs_of, model_of, skeleton
 from .data import Example, ScoredSet, encode
 from .doubts import warmup_doubts
 from .epoch_cache import disk_bytes
@@ -90,9 +90,11 @@ def dry_run(recipe: Recipe) -> Plan:
     _look_at_disk(plan, recipe, config, found.get("target.train"))
     if (steps := _steps(recipe, examples)) is not None:
         plan.doubts += warmup_doubts(recipe.train.warmup_steps, steps)
+    counted: dict[str, Passes] = {}
     for name, method in recipe.methods.items():
         trained = None if config is None else _try(plan, lambda name=name: _trained(recipe, name, config))
-        plan.methods.append((name, method.kind, *_about_method(recipe, method, config, examples, longest, trained)))
+        about = _about_method(recipe, method, config, examples, longest, trained, counted)
+        plan.methods.append((name, method.kind, *about))
     return plan
 
 
@@ -239,7 +241,13 @@ def _size(found: Any) -> tuple[str, str]:
 
 
 def _about_method(
-    recipe: Recipe, method: Method, config: Any, examples: int | None, longest: int, trained: Trained | None
+    recipe: Recipe,
+    method: Method,
+    config: Any,
+    examples: int | None,
+    longest: int,
+    trained: Trained | None,
+    counted: dict[str, Passes],
 ) -> tuple[str, str, str, str]:
     """Learning rate, steps, numbers that train and, of a memory, rows a step, and gigabytes of memory, roughly."""
     rate, steps = f"{method.lr:g}" if method.lr else "", _steps(recipe, examples)
@@ -249,7 +257,7 @@ def _about_method(
     if trained is None:
         return rate, text, "?", "?"
     what = f"{trained.numbers:,}" + (f" ({trained.rows})" if trained.rows else "")
-    return rate, text, what, f"{_gigabytes(recipe, method, config, steps or LONG, longest):.1f}"
+    return rate, text, what, f"{_gigabytes(recipe, method, config, steps or LONG, longest, counted):.1f}"
 
 
 def _steps(recipe: Recipe, examples: int | None) -> int | None:
@@ -285,20 +293,24 @@ def _trained(recipe: Recipe, name: str, config: Any) -> Trained | None:
     return Trained(numbers, rows)
 
 
-def _gigabytes(recipe: Recipe, method: Method, config: Any, steps: int, longest: int) -> float:
+def _gigabytes(
+    recipe: Recipe, method: Method, config: Any, steps: int, longest: int, counted: dict[str, Passes]
+) -> float:
     """What the most of training, healing and scoring holds at a time, without the process itself."""
-    costs = costs_of(recipe, method, config, steps)
+    costs = costs_of(recipe, method, config, steps, counted)
     assert costs is not None  # what nobody can count has no Trained
     numbers = recipe.eval_batch_size * longest * config.vocab_size
     logits = numbers * (4 if recipe.dtype == "float32" else 2)
     wide = positions_at_once(config.vocab_size, "cuda" if torch.cuda.is_available() else "cpu") * config.vocab_size
     held = [logits + LOGITS * min(numbers, wide) + costs.states]  # of scoring
     if recipe.divergence:
-        base = costs_of(recipe, Method(kind="base"), config, steps)
+        base = costs_of(recipe, Method(kind="base"), config, steps, counted)
         held[0] += logits + (base.weights if base is not None else 0)  # beside the base
     if method.kind not in UNTRAINED:
         held.append(costs.states + costs.passes)
-    healed = costs_of(recipe, replace(method, kind="healed"), config, _healing_steps(recipe)) if method.heal else costs
+    healed = costs
+    if method.heal:
+        healed = costs_of(recipe, replace(method, kind="healed"), config, _healing_steps(recipe), counted)
     if healed is not None and (method.heal or method.kind == "healed"):
         held.append(healed.states + healed.passes)
     return (costs.weights + max(held)) / 2**30
