@@ -68,6 +68,23 @@ def test_rows_of_gzip_and_plain_files_are_equal(tmp_path: Path):
     assert first == second == rows
 
 
+@pytest.mark.parametrize("name", ["tr[ab]in.jsonl", "data[1]/*.jsonl", "a?b/train [0-9].jsonl", "{a,b}.jsonl"])
+def test_a_name_is_no_pattern_by_which_another_file_is_found(name: str, tmp_path: Path):
+    for other in ("train.jsonl", "trbin.jsonl", "data1/train.jsonl", "a.jsonl", "acb/train 0.jsonl"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        write_lines(tmp_path / other, [{"text": "another"}])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write_lines(tmp_path / name, [{"text": "one"}, {"text": "two"}])
+    assert [row["text"] for row in load_rows(Source(path=name), str(tmp_path), {}, ["text"])] == ["one", "two"]
+
+
+def test_a_cache_that_cannot_be_made_is_not_taken_for_a_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nowhere/cache")
+    with pytest.raises(DataError, match=r"cache of datasets cannot be written: .*nowhere.*; set HF_DATASETS_CACHE"):
+        load_rows(Source(path="a.jsonl"), str(tmp_path), {}, ["text"])
+
+
 def test_missing_file_column_and_broken_json_are_named(tmp_path: Path):
     write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
     (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')

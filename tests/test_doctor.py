@@ -174,6 +174,40 @@ def test_what_is_broken_is_named_and_the_command_mends_it(
     assert said(seen(folder), act=True) == [] and seen(folder).state == "finished"
 
 
+@pytest.mark.parametrize("name", [LOCK, "metrics.jsonl", "skipped.json", "checkpoints", "scores", "hidden-states"])
+def test_a_file_for_a_folder_and_a_folder_for_a_file_are_told(
+    copy: Callable[[str], Path], name: str, monkeypatch: pytest.MonkeyPatch
+):
+    path = copy("lora") / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.touch() if name in ("checkpoints", "scores", "hidden-states") else path.mkdir()
+    health = seen(path.parent)
+    finding = next(each for each in health.findings if each.where == str(path))
+    assert health.state in ("broken", "unfinished") and finding.act and finding.what.startswith("it is no ")
+    subprocess.run(shlex.split(finding.do), check=True)
+    monkeypatch.setattr(sys, "argv", shlex.split(seen(path.parent).findings[-1].do))
+    cli.main()
+    assert said(seen(path.parent), act=True) == []
+
+
+def test_a_method_may_be_called_healed_and_a_folder_be_named_by_dots(
+    copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+):
+    folder = copy("smf")
+    named = folder.with_name("healed-3a4c583156")
+    folder.rename(named)
+    health = seen(named)
+    assert health.state == "finished" and said(health, act=True) == []
+    unfinished = copy("lora")
+    expected = [line.rpartition("--output")[0] for line in said(seen(unfinished), act=True)]
+    (unfinished / "inner").mkdir()
+    for place, path in ((unfinished, "."), (unfinished / "inner", "..")):
+        monkeypatch.chdir(place)
+        assert [line.rpartition("--output")[0] for line in said(seen(Path(path)), act=True)] == expected
+
+
 def test_failures_skipped_steps_and_remains_are_told(copy: Callable[[str], Path]):
     folder = copy("lora")
     failure = {"method": "lora", "options": {"lr": 1.0}, "seed": 0, "comparison": "x", "reason": "it diverged"}

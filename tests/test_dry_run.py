@@ -164,7 +164,8 @@ def test_memory_is_that_of_the_most_of_training_healing_and_scoring(world: Path)
     assert plain == pytest.approx(2048**2 * 32 * 4 / 2**30, abs=0.1)  # the table: few rows of it train
     healed = memory("smf-healed", table, *rows, "train.micro_batch_size=99999", "train.batch_size=99999")
     assert healed > 4 * plain  # its moments and old rows, all of them
-    (tokens,) = [tokens for table, _, _, tokens, _ in plan_of(world, methods="smf").sets if table == "background.source"]
+    sets = plan_of(world, methods="smf").sets
+    (tokens,) = [tokens for table, _, _, tokens, _ in sets if table == "background.source"]
     assert tokens.endswith("each")
 
 

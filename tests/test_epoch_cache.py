@@ -116,6 +116,10 @@ def test_what_a_killed_run_stored_is_gone_on_with_and_what_is_broken_is_not(tmp_
     losses, _ = trained(broken, texts, EpochCache(broken, texts * EPOCHS, tmp_path / "cache"))
     assert runs.count == 1  # the pass that reads the first sequence
     assert losses == trained(model_of(), texts, None)[0]
+    for about in ("{", "[]", '"x"', "\x00"):  # begun anew, as it does not say of what it is
+        (tmp_path / "cache" / "about.json").write_text(about)
+        EpochCache(model_of(), texts * EPOCHS, tmp_path / "cache").close()
+        assert not any((tmp_path / "cache" / "hidden").read_bytes())
     other = sequences(*[LENGTH] * (SEQUENCES + 1))
     fresh = model_of()
     cache = EpochCache(fresh, other * 2, tmp_path / "cache")  # of another training: begun anew

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from smf import cli, loop, train
-from smf.checkpoints import flaw
+from smf.checkpoints import flaw, seal
 from smf.compare import compare, result_path
 from smf.errors import BusyError, ConfigError, StorageError, TrainingError
 from smf.faults import explained
@@ -345,6 +345,16 @@ def halted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return world, folder / "runs"
 
 
+def into_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def into_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.touch()
+
+
 def into_folder(path: Path) -> None:
     path.unlink(missing_ok=True)
     path.mkdir(parents=True)
@@ -364,6 +374,11 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "other skipped steps": (lambda run: (run / "skipped.json").write_text("[3]"), "remove .* to begin this run anew"),
     "scores": (lambda run: (run / "scores" / "step-3.json").write_text("{"), "remove .* to begin this run anew"),
     "other scores": (lambda run: (run / "scores" / "step-3.json").write_text('{"a": {}}'), "with role, task, metrics"),
+    "a link for a checkpoint": (lambda run: (run / "checkpoints" / "checkpoint-99").symlink_to("nowhere"), None),
+    "a checkpoint of something else": (lambda run: seal(run / "checkpoints" / "checkpoint-4"), "remove it to go on"),
+    "a pipe for skipped steps": (lambda run: os.mkfifo(run / "skipped.json"), "skipped.json is not a regular file"),
+    "a pipe for scores": (lambda run: into_pipe(run / "scores" / "step-3.json"), "step-3.json is not a regular file"),
+    "a file for scores": (lambda run: into_file(run / "scores"), "scores is no folder; remove it to go on"),
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from smf.errors import ConfigError
+from smf.loop import steps_of
 from smf.recipe import limited, shortened
 from smf.recipe_file import SHIPPED, find_recipe, load_recipe, to_toml
 from smf.sources import load_rows
@@ -102,6 +103,7 @@ def test_unknown_key_of_a_method_names_the_method(recipe_file: Path):
         ("r = 2", "r = 0", "r = 0; expected a finite number of at least 1"),
         ("save_every = 2", "save_every = 2\nmax_grad_norm = -1.0", "max_grad_norm = -1.0"),
         ("eval_batch_size = 8", "eval_batch_size = 8\nseed = -1", "seed = -1"),
+        ("eval_batch_size = 8", f"eval_batch_size = 8\nseed = {2**63}", "expected one below 2147483648"),
         ('kind = "lora"', 'kind = "lorra"', "expected one of"),
         ("probe = 0.2", "probe = 0.9", "add up to 1"),
         ("lr = 1e-2", "lr = 0.0", "above 0"),
@@ -217,3 +219,10 @@ def test_runs_that_differ_in_method_or_seed_alone_can_stand_in_one_table(recipe_
     assert load_recipe(recipe_file, seed=4, jobs=3, output="elsewhere").comparison_id() == recipe.comparison_id()
     changed(recipe_file, "steps = 4", "steps = 5")
     assert load_recipe(recipe_file).comparison_id() != recipe.comparison_id()
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(10**18, 0.0), (10**9, 0.0), (0, 1e12)])
+def test_a_training_that_no_machine_could_list_is_refused(steps: int, epochs: float):
+    with pytest.raises(ConfigError, match="at most 100,000,000 can be put in order: lower steps, epochs or batch_size"):
+        steps_of(steps, epochs, 40, 8)
+    assert steps_of(1000, epochs, 40, 8) == 1000 and steps_of(0, 3.0, 40, 8) == 15

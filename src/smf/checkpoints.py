@@ -79,7 +79,9 @@ def step_of(checkpoint: Path) -> int:
 def _set_aside(checkpoint: Path) -> None:
     aside = checkpoint.with_name(f"set-aside-{step_of(checkpoint)}")
     shutil.rmtree(aside, ignore_errors=True)
-    if (checkpoint / MANIFEST).is_file():
+    if checkpoint.is_symlink() or not checkpoint.is_dir():  # none of ours; what a link leads to stays
+        checkpoint.unlink()
+    elif (checkpoint / MANIFEST).is_file():
         checkpoint.rename(aside)
     else:
         shutil.rmtree(checkpoint)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .decoder import DecoderLayers, find_decoder
 from .errors import StorageError, TrainingError
-from .files import write_json
+from .files import read_text, write_json
 from .fingerprint import json_hash, tensor_bytes
 from .ranks import world_size
 
@@ -121,7 +121,7 @@ class EpochCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         known = json_hash([list(map(list, self._slots)), self._layer, self._width, str(self._dtype)])
         about = self._folder / "about.json"
-        if not about.is_file() or json.loads(about.read_text()).get("of") != known:
+        if not _is_of(about, known):
             shutil.rmtree(self._folder)
             self._folder.mkdir()
         hidden, sums = self._folder / "hidden", self._folder / "sums"
@@ -199,6 +199,14 @@ class EpochCache:
             self._of(slot).copy_(hidden_BSD[row, :tokens].detach())
             self._sums[slot] = _sum(self._of(slot))
         self._storing = []
+
+
+def _is_of(about: Path, known: str) -> bool:
+    """Whether a file says that the states beside it are of these sequences and layers."""
+    try:
+        return json.loads(read_text(about))["of"] == known
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none, or not what was written
+        return False
 
 
 def _sum(hidden_SD: Tensor) -> int:

@@ -22,6 +22,8 @@ from .runs import failure_of, read_result
 from .skipping import SKIPPED
 
 HEALED = "healed-"  # begins the names of folders with a memory that methods share
+FILES = (LOCK, "recipe.toml", "result.json", "log.txt", "metrics.jsonl", SKIPPED, "patch.smf")
+FOLDERS = ("checkpoints", "scores", "hidden-states")
 MADE = ("recipe.toml", "result.json", "log.txt", "checkpoints")  # some of which every run's folder has
 
 
@@ -73,6 +75,8 @@ def look_at(path: Path) -> list[Health]:
     Raises:
         ConfigError: where there are none.
     """
+    if path.name in ("", ".."):  # a folder's name is needed: it is that of the run
+        path = path.resolve()
     try:
         if not path.is_dir():
             raise ConfigError(f"{no_folder(path)}; give the folder that `smf compare` wrote to, or one of a run")
@@ -91,13 +95,19 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in MADE) or folder.name.startswith(HEALED)
 
 
+def _is_shared(folder: Path) -> bool:
+    """Whether it has the memory that methods share, and is no run of a method whose name begins like it."""
+    return folder.name.startswith(HEALED) and not (folder / "recipe.toml").exists()
+
+
 def _look(folder: Path) -> Health:
     health = Health(str(folder))
     try:
         health.bytes = disk_taken(folder)
         _look_at_lock(health, folder)
         _look_at_checkpoints(health, folder)
-        if folder.name.startswith(HEALED):
+        _look_at_kinds(health, folder)
+        if _is_shared(folder):
             _look_at_healing(health, folder)
         else:
             _look_at_result(health, folder)
@@ -165,12 +175,24 @@ def _going_on(folder: Path) -> str:
 def _look_at_healing(health: Health, folder: Path) -> None:
     """The memory that methods share: trained to its end where it has a manifest."""
     if (folder / MANIFEST).is_file():
-        health.state = "finished"
-        _look_at_tensors(health, folder, f"rm -r {_quoted(folder)}, and start the comparison again")
+        why = flaw(folder)
+        health.state = "broken" if why else "finished"
+        if why:
+            health.findings.append(Finding(str(folder), why, "nothing: the next start heals it again", act=False))
     elif health.state != "running":
         what = "the memory that methods share is not healed to its end"
         do = f"smf compare {_quoted(folder.parent / 'recipe.toml')} --output {_quoted(folder.parent)}"
         health.findings.append(Finding(str(folder), what, do))
+
+
+def _look_at_kinds(health: Health, folder: Path) -> None:
+    """Whether files are files and folders are folders; a run does not begin where they are not."""
+    for name in (*FILES, *FOLDERS):
+        path = folder / name
+        if os.path.lexists(path) and not (path.is_dir() if name in FOLDERS else path.is_file()):
+            health.state = "broken" if health.state != "running" else health.state
+            what = f"it is no {'folder' if name in FOLDERS else 'file'}"
+            health.findings.append(Finding(str(path), what, f"rm -r {_quoted(path)}"))
 
 
 # -- what it left -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from .checkpoints import newest_complete, read_manifest, seal, step_of
 from .data import Collator, Example, pad_id
 from .doubts import warmup_doubts
 from .epoch_cache import HIDDEN, EpochCache, why_not
-from .errors import ConfigError, SmfError, Stopped, TrainingError
+from .errors import ConfigError, SmfError, Stopped, TrainingError, refusing
 from .faults import explanation
 from .files import write_atomically, write_json
 from .loss import MeanTokenLoss
@@ -32,6 +32,7 @@ from .recipe import Recipe, TrainOptions
 from .skipping import SKIPPED, Skipping
 from .stopping import StopAtSigterm
 
+MOST_EXAMPLES = 10**8  # that a training is listed for, in order: 0.8 GB
 PATIENCE = timedelta(days=1)  # of ranks with the first one, which may score for hours while they wait in a step
 
 
@@ -209,7 +210,7 @@ def fit(
     if on_the_way is not None:
         trainer.on_the_way = on_the_way
         trainer.add_callback(on_the_way)
-    manifest = read_manifest(checkpoint) if checkpoint else {"seconds": 0.0, "loss": 0.0, "logged_at": 0}
+    manifest = _goes_on_from(checkpoint)
     trainer.seconds_before = manifest["seconds"]
     goes_on = LossGoesOn(trainer, manifest)
     trainer.add_callback(goes_on)
@@ -283,8 +284,27 @@ def _arguments(recipe: Recipe, checkpoints: Path, steps: int, max_grad_norm: flo
     return arguments
 
 
+def _goes_on_from(checkpoint: Path | None) -> dict[str, Any]:
+    """What a checkpoint's manifest knows of the training; of none, its beginning."""
+    if checkpoint is None:
+        return {"seconds": 0.0, "loss": 0.0, "logged_at": 0}
+    with refusing(TrainingError, f"{checkpoint} is not of `smf train`; remove it to go on"):
+        facts = read_manifest(checkpoint)
+        return {name: kind(facts[name]) for name, kind in (("seconds", float), ("loss", float), ("logged_at", int))}
+
+
 def steps_of(steps: int, epochs: float, examples: int, batch_size: int) -> int:
-    """Optimizer steps: as given, or those of `epochs` passes."""
+    """Optimizer steps: as given, or those of `epochs` passes.
+
+    Raises:
+        ConfigError: where they read more examples than can be put in order.
+    """
+    wanted = steps * batch_size if steps else epochs * examples
+    if wanted > MOST_EXAMPLES:
+        raise ConfigError(
+            f"a training on {wanted:,.0f} examples (steps = {steps:,}, epochs = {epochs:g}, {batch_size:,} a step); at "
+            f"most {MOST_EXAMPLES:,} can be put in order: lower steps, epochs or batch_size"
+        )
     return steps or max(1, math.ceil(epochs * examples / batch_size))
 
 

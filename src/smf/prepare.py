@@ -303,5 +303,5 @@ def check_output(folder: Path, *, make: bool = True) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         whole = folder.absolute()
         tempfile.TemporaryFile(dir=next(place for place in (whole, *whole.parents) if place.exists())).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte
         raise ConfigError(f"output = {str(folder)!r} cannot be written: {error}; give another --output") from error

@@ -304,6 +304,8 @@ def check_numbers(table: dict[str, Any], where: str) -> None:
 def _check(recipe: Recipe, where: str) -> None:
     train = recipe.train
     check_numbers(dataclasses.asdict(recipe), where)
+    if recipe.seed >= 2**31:  # numpy takes one below 2**32, and --seeds counts upwards from it
+        raise ConfigError(f"{where}: seed = {recipe.seed}; expected one below {2**31}")
     if train.batch_size % train.micro_batch_size:
         raise ConfigError(
             f"{where}: batch_size = {train.batch_size} is not a multiple of micro_batch_size = {train.micro_batch_size}"

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from . import ranks
 from .data import Example
 from .errors import TrainingError, refusing
-from .files import write_json
+from .files import read_text, write_json
 from .optimizer import SparseMemoryOptimizer
 
 SKIPPED = "skipped.json"  # in a run's folder, where a step was skipped
@@ -111,7 +111,7 @@ class Skipping(TrainerCallback):
 def _listed(path: Path) -> list[dict[str, Any]]:
     with refusing(TrainingError, f"{path} is not what was written; remove {path.parent} to begin this run anew"):
         try:
-            return [each | {"step": int(each["step"])} for each in json.loads(path.read_text())]
+            return [each | {"step": int(each["step"])} for each in json.loads(read_text(path))]
         except FileNotFoundError:  # none was skipped, or another rank has just seen that none counts
             return []
 

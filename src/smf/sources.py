@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import glob
 import gzip
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -130,13 +132,20 @@ def _read(source: Source, data: str, table: str) -> Any:
         _check_nesting(file)
     kind = READERS.get(file.suffix, "json")
     try:
-        return datasets.load_dataset(kind, data_files=str(file), split="train")
+        # escaped, since datasets takes a name for a pattern, by which another file may be found
+        return datasets.load_dataset(kind, data_files=glob.escape(str(file)), split="train")
     except Exception as error:  # datasets wraps many parsers' errors
+        if isinstance(error, OSError) and error.filename and not _is_same(file, error.filename):
+            raise DataError(f"the cache of datasets cannot be written: {error}; set HF_DATASETS_CACHE") from error
         if not file.stat().st_size:
             raise DataError(f"{file} has no rows: it is empty") from error
         what = "JSON lines" if kind == "json" else kind
         found = _broken_row(file) if kind == "json" else None  # the parser counts rows within a piece of the file
         raise DataError(f"{file} cannot be read as {what}: {found or error.__cause__ or error}") from error
+
+
+def _is_same(file: Path, named: Any) -> bool:
+    return os.path.realpath(file) == os.path.realpath(os.fsdecode(named)) if isinstance(named, str | bytes) else True
 
 
 def _broken_row(file: Path) -> str | None:

@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,7 @@ from .epoch_cache import HIDDEN
 from .errors import ConfigError, TrainingError, refusing
 from .evaluate import score
 from .faults import explained
-from .files import remove_parts, write_atomically, write_json
+from .files import read_text, remove_parts, write_atomically, write_json
 from .locks import working_in
 from .loop import ScoreOnTheWay, fit, is_main, steps_of, training_steps
 from .prepare import load, load_scored
@@ -112,9 +112,8 @@ def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded
     shares = {round(share * steps): share for share in sorted(options.score_at) if 0 < round(share * steps) < steps}
     files = {step: folder / "scores" / f"step-{step}.json" for step in shares}
 
-    for file in files.values():
-        if is_main() and file.is_file():
-            _scores_on_the_way(file)  # before hours of training rather than after them
+    if is_main() and files:
+        _check_scores_on_the_way(folder / "scores", files.values())  # before hours of training rather than after them
     peak: list[float] = []
 
     def score_now() -> dict[str, Any]:
@@ -145,11 +144,19 @@ def _train(prepared: methods.Prepared, recipe: Recipe, name: str, loaded: Loaded
     return result
 
 
+def _check_scores_on_the_way(folder: Path, files: Iterable[Path]) -> None:
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise TrainingError(f"{folder} is no folder; remove it to go on")
+    for file in files:
+        if os.path.lexists(file):
+            _scores_on_the_way(file)
+
+
 def _scores_on_the_way(file: Path) -> dict[str, Any]:
     """What was scored before the end, perhaps by a process that was killed since."""
     run = file.parents[1]
     with refusing(TrainingError, f"{file} is not what was written; remove {run} to begin this run anew"):
-        scores = json.loads(file.read_text())
+        scores = json.loads(read_text(file))
         if not all({"role", "task", "metrics", "records"} <= set(entry) for entry in scores.values()):
             raise ValueError("expected scores with role, task, metrics and records")
     return scores
