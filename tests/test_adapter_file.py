@@ -347,6 +347,45 @@ def test_adapters_that_hold_no_numbers_are_refused(trained: nn.Module, tmp_path:
         smf.open_patch(tmp_path / "a")
 
 
+DAMAGE: dict[str, Callable[[dict[str, Tensor], str], object]] = {
+    "missing": lambda tensors, name: tensors.pop(name),
+    "not a number": lambda tensors, name: tensors[name].flatten()[-1:].fill_(torch.nan),
+    "infinite": lambda tensors, name: tensors[name].flatten()[:1].fill_(torch.inf),
+    "longer": lambda tensors, name: tensors.update({name: torch.cat([tensors[name], tensors[name]])}),
+    "cut": lambda tensors, name: tensors.update({name: tensors[name][:3].clone()[: len(tensors[name]) - 1]}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("config", [{"train": "rows+scale"}, {"init": "paper", "mode": "replacement"}])
+def test_a_damaged_adapter_is_refused_by_every_loader_and_leaves_the_base(config: dict, damage: str, tmp_path: Path):
+    """Whichever of its tensors is damaged."""
+    model = tiny_model(**config)
+    model.save_pretrained(tmp_path / "adapter")
+    whole = load_file(tmp_path / "adapter" / TENSORS)
+    base = tiny_base()
+    before, names = logits(base), [name for name, _ in base.named_modules()]
+    for name in whole:
+        tensors = {key: tensor.clone() for key, tensor in whole.items()}
+        DAMAGE[damage](tensors, name)
+        save_file(tensors, tmp_path / "adapter" / TENSORS, metadata={"format": "pt"})
+        for load in (smf.load, PeftModel.from_pretrained):
+            with pytest.raises(smf.PatchError, match=name.rpartition("_memory_")[2]):
+                load(base, tmp_path / "adapter")
+            assert [name for name, _ in base.named_modules()] == names and torch.equal(logits(base), before)
+            assert all(p.requires_grad for p in base.parameters()) and not hasattr(base, "peft_config")
+        with pytest.raises(smf.PatchError):
+            model.load_adapter(tmp_path / "adapter", "second")
+        assert list(model.peft_config) == ["default"]
+        with pytest.raises(smf.PatchError):  # in place of what it has
+            model.load_adapter(tmp_path / "adapter", "default")
+        memories = smf.memory_layers(model, "default").values()
+        assert list(model.peft_config) == ["default"] and len(memories) == 2
+        assert all(bool(memory.tensor(kind).isfinite().all()) for memory in memories for kind in memory.kinds)
+    save_file(whole, tmp_path / "adapter" / TENSORS, metadata={"format": "pt"})
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), logits(model))
+
+
 def test_a_training_knows_of_patches_that_were_put_in_meanwhile(tmp_path: Path):
     model, other = tiny_model(), tiny_model()
     train(model, lr=0.1)

@@ -21,7 +21,7 @@ from smf.dry_run import Plan, dry_run
 from smf.errors import ConfigError, SmfError
 from smf.options import Overrides
 from smf.plan import plan as costs_plan
-from smf.prepare import load
+from smf.prepare import check_output, load
 from smf.recipe_file import load_recipe
 from tiny import WORDS, make_base, make_tokenizer, make_world, question, write_lines
 
@@ -75,6 +75,9 @@ def test_a_dry_run_ends_with_a_verdict_and_leaves_nothing_behind(
     (tmp_path / "file").touch()
     (problem,) = plan_of(world, f"output={tmp_path}/file/runs").problems
     assert problem.startswith(f"output = '{tmp_path}/file/runs' cannot be written: ")
+    for make in (True, False):
+        with pytest.raises(ConfigError, match="cannot be written: no name of a file has a null character"):
+            check_output(Path("a\0b"), make=make)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -29,7 +31,7 @@ from smf.compare import compare, result_path
 from smf.errors import BusyError, ConfigError, StorageError, TrainingError
 from smf.faults import explained
 from smf.jobs import start_server
-from smf.locks import LOCK, is_held, working_in
+from smf.locks import LOCK, held_by, is_held, working_in
 from smf.loss import MeanTokenLoss
 from smf.recipe import Method, Recipe
 from smf.recipe_file import load_recipe
@@ -243,6 +245,50 @@ def test_a_second_process_is_refused_by_name_and_a_dead_ones_lock_is_taken_over(
     run_method(recipe, "base")
     assert "process 7 on elsewhere ended" in (printed := capfd.readouterr().err) and "cannot lock between" in printed
     assert (folder / LOCK).read_bytes() == b""
+
+
+def wait_and_say(folder: Path) -> None:
+    with working_in(folder, wait=True):
+        (folder / "mark").touch()
+
+
+def test_a_lock_whose_file_was_removed_is_still_held(tmp_path: Path, capfd: pytest.CaptureFixture):
+    other = begin(hold, tmp_path)
+    wait_for(lambda: (tmp_path / LOCK).is_file() and (tmp_path / LOCK).stat().st_size)
+    for _ in range(2):  # a refused process leaves all as it was
+        with pytest.raises(BusyError, match=f"process {other.pid} on"), working_in(tmp_path, wait=False):
+            pass
+        assert is_held(tmp_path / LOCK) and json.loads((tmp_path / LOCK).read_text())["pid"] == other.pid
+    (tmp_path / LOCK).unlink()
+    waiting = begin(wait_and_say, tmp_path)
+    for _ in range(2):
+        with pytest.raises(BusyError, match="in use by another process"), working_in(tmp_path, wait=False):
+            pass
+        assert is_held(tmp_path / LOCK) and held_by(tmp_path / LOCK) == ("another process", True)
+    time.sleep(0.5)
+    assert waiting.is_alive() and not (tmp_path / "mark").exists()
+    other.kill()
+    ended(other)
+    waiting.join(60)
+    assert waiting.exitcode == 0 and (tmp_path / "mark").exists() and held_by(tmp_path / LOCK) is None
+    assert "ended before" not in capfd.readouterr().err  # a file that is gone names nobody
+
+
+def test_where_folders_cannot_be_locked_the_file_alone_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def flock(file: Any, how: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EBADF, "as on NFS")
+        real(file, how)
+
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with working_in(tmp_path, wait=False):
+        with pytest.raises(BusyError, match=f"process {os.getpid()} on"), working_in(tmp_path, wait=False):
+            pass
+        assert is_held(tmp_path / LOCK)
+    with working_in(tmp_path, wait=False):
+        pass
+    assert not is_held(tmp_path / LOCK)
 
 
 # -- disks ------------------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import pickle
 import re
 import struct
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,16 @@ from torch import Tensor
 
 import smf
 from conftest import batch, logits, tiny_base, tiny_config, tiny_model, train
+from smf import background, json_lines
 from smf.adapter_file import CONFIG, TENSORS, fresh_adapter, read_adapter
+from smf.background import Background
 from smf.base import load_base
 from smf.checkpoints import read_manifest, seal
 from smf.data import in_order
-from smf.errors import ConfigError, DataError, PatchError, SmfError, TrainingError
+from smf.errors import BackgroundError, ConfigError, DataError, PatchError, SmfError, TrainingError
 from smf.logs import read_log
 from smf.loop import fit
+from smf.plan import _forget_peak, _resident
 from smf.prepare import load
 from smf.recipe import Recipe, Source
 from smf.recipe_file import load_recipe
@@ -299,6 +304,128 @@ def test_brackets_in_texts_are_no_nesting(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text, "l": [[1]]}) + "\n" for text in texts))
     found = load_rows(Source(path="a.jsonl"), str(tmp_path), {}, ["text"])
     assert [row["text"] for row in found] == texts
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """Bytes that Python's own objects took at most."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def load_lines(folder: Path, what: Iterable[bytes], pack: Callable = open) -> Any:
+    with pack(folder / "a.jsonl", "wb") as file:
+        file.writelines(what)
+    return load_rows(Source(path="a.jsonl"), str(folder), {}, ["text"])
+
+
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path):
+    long = (b'{"text": "word"}\n', b'{"text": "', *[b"a" * 2**20] * 100, b'"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2 has more than 64 MiB"):
+        load_lines(tmp_path, long, gzip.open)
+
+    def refused() -> None:
+        with pytest.raises(DataError, match="line 2 has more than 64 MiB"):
+            json_lines.check_lines(tmp_path / "a.jsonl")
+
+    assert peak_of(refused) < 2**24
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("case", [*DEEP, "texts", "characters"])
+def test_a_line_is_looked_at_in_pieces_as_if_it_were_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, size: int
+):
+    monkeypatch.setattr(json_lines, "PIECE", size)
+    monkeypatch.setattr(json_lines, "NESTED", 5)
+    texts = ["[" * 10, '\\"[{' * 5, "]}" * 9, "\\", 'a": {"b": ', "äöü€"]
+    same = "".join(json.dumps({"text": text, "l": [[1]]}, ensure_ascii=False) + "\n" for text in texts).encode()
+    given = {"texts": same, "characters": same[:-4] + b'"\xe2\x82"}\n'} | {
+        name: deep[:3000] for name, deep in DEEP.items()
+    }
+    (tmp_path / "a.jsonl").write_bytes(given[case])
+    if case == "texts":
+        json_lines.check_lines(tmp_path / "a.jsonl")
+        return
+    with pytest.raises(DataError, match="is not UTF-8" if case == "characters" else r"line \d+: more than 5 brackets"):
+        json_lines.check_lines(tmp_path / "a.jsonl")
+
+
+COLUMNS: dict[str, Callable[[int], list[bytes]]] = {  # of rows with so many different keys
+    "rows": lambda n: [b'{"text": "a", "k%d": 1}\n' % i for i in range(n)],
+    "one row": lambda n: [b'{"text": "a"', *(b', "k%d": {"a": 1}' % i for i in range(n)), b"}\n"],
+    "a list": lambda n: [b"[", *(b'{"text": "a", "k%d": [{"b": "c"}]},\n' % i for i in range(n)), b'{"text": "a"}]'],
+    "behind deeper ones": lambda n: [
+        b'{"text": "a", "b": {"c": 1' + b"".join(b', "k%d": 1' % i for i in range(n)) + b"}}\n",
+        *(b'{"text": "a", "k%d": 1}\n' % i for i in range(n)),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_rows_that_all_have_other_columns_are_refused(tmp_path: Path, case: str):
+    with pytest.raises(DataError, match=r"line \d+: its rows have more than 1,000 different keys"):
+        load_lines(tmp_path, COLUMNS[case](1000))
+    (tmp_path / "a.jsonl").write_bytes(b"".join(COLUMNS[case](900)))
+    json_lines.check_lines(tmp_path / "a.jsonl")
+
+
+def test_different_keys_within_a_column_are_none_of_rows(tmp_path: Path):
+    within = (b'{"text": "b", "scores": {"k%d": {"l%d": ": {"}}}\n' % (i, i) for i in range(3000))
+    (tmp_path / "a.jsonl").write_bytes(b"".join(within))
+    json_lines.check_lines(tmp_path / "a.jsonl")
+
+
+SPARSE: dict[str, tuple[Callable[[Path], Any], type[Exception]]] = {  # a file of 2 GiB that takes no room on a disk
+    "recipe.toml": (load_recipe, ConfigError),
+    "result.json": (read_result, DataError),
+    "metrics.jsonl": (read_log, DataError),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_texts_that_are_too_large_are_refused_unread(tmp_path: Path, name: str):
+    read, error = SPARSE[name]
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(2**31)
+
+    def refused() -> None:
+        with pytest.raises(error, match=f"{name} has 2,147,483,648 bytes; expected .* at most"):
+            read(tmp_path / name)
+
+    assert peak_of(refused) < 2**22
+
+
+SPARSE_COLUMNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # shapes by column, what else the header says
+    "zeros": (dict.fromkeys(("ids", "b", "df"), (2**27,)), {}),
+    "spared zeros": ({"ids": [1], "b": [1], "df": [1], "spared": [2**27]}, {}),
+    "unequal": ({"ids": [2**27], "b": [3], "df": [2**27]}, {}),
+    "tables": (dict.fromkeys(("ids", "b", "df"), (2, 2**26)), {}),
+    "another format": (dict.fromkeys(("ids", "b", "df"), (2**27,)), {"format": 99}),
+    "no number of documents": (dict.fromkeys(("ids", "b", "df"), (2**27,)), {"n_docs": "many"}),
+}
+
+
+@pytest.mark.parametrize("case", SPARSE_COLUMNS)
+def test_a_background_of_gigabytes_that_take_no_room_is_refused_unread(tmp_path: Path, case: str):
+    shapes, other = SPARSE_COLUMNS[case]
+    about = {"format": background.FORMAT, "n_docs": 5, "identity": "a", "corpus": "b"} | other
+    header, end = {"__metadata__": {"smf_background": json.dumps(about)}}, 0
+    for column, shape in shapes.items():
+        begin, end = end, end + 8 * math.prod(shape)
+        header |= {f"1.{column}": {"dtype": "I64", "shape": shape, "data_offsets": [begin, end]}}
+    packed = json.dumps(header).encode()
+    with (tmp_path / "background.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(packed)) + packed)
+        file.truncate(8 + len(packed) + end)
+    _forget_peak("cpu")
+    before = _resident("VmRSS")
+    with pytest.raises(BackgroundError, match=r"background\.safetensors"):
+        Background.load(tmp_path / "background.safetensors")
+    assert _resident("VmHWM") - before < 2**28
 
 
 def test_data_packed_otherwise_is_refused(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Jobs in processes of their own."""
 
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
 import smf.jobs as jobs_module
 from smf.cli import Overrides
@@ -165,7 +165,8 @@ def test_last_lines_of_a_log_are_what_a_terminal_would_show(tmp_path: Path):
 
 
 def hold(lock: Path, until: Path) -> None:
-    with FileLock(lock):
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         lock.with_suffix(".held").touch()
         deadline = time.monotonic() + 60
         while not until.exists():

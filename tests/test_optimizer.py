@@ -507,7 +507,7 @@ def test_a_disabled_grad_scaler_is_nothing_to_refuse():
     assert optimizer.last_step.step == 1
 
 
-@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e30])  # of the last the gradient's norm
 @pytest.mark.parametrize("reads", ["hits", "gradient"])
 @pytest.mark.parametrize("train", ["rows", "rows+scale"])
 def test_a_loss_that_is_not_finite_changes_nothing(reads, factor, train):
@@ -748,6 +748,8 @@ def test_stochastic_rounding_keeps_what_bfloat16_can_hold():
         ({"rows_per_step": 2.5}, "got 2.5"),
         ({"rows_per_step": True}, "got True"),
         ({"lr": -0.1}, "lr must be a finite number of at least 0; got -0.1"),
+        ({"lr": 1e39}, r"lr must be at most 3.4e\+38, the largest number of torch.float32; got 1e\+39"),
+        ({"lr": 0.1, "lr_other": 1e39}, r"lr_other must be at most 3.4e\+38"),
         ({"lr": math.nan}, "lr must be"),
         ({"lr": math.inf}, "lr must be"),
         ({"lr_other": -1.0}, "lr_other must be"),

@@ -24,6 +24,7 @@ from smf.optimizer import SparseMemoryOptimizer
 from smf.plan import BACKBONES, Measured, _shape, measure, seconds_of, short
 from smf.recipe import MemoryOptions, Method, Recipe, TrainOptions
 from smf.recipe_file import load_recipe
+from smf.shape import available_memory
 from tiny import make_world
 
 SMALL = _shape(32, 48, 4, 4, 2, 96, True)
@@ -191,6 +192,96 @@ def test_the_command_says_what_was_measured_and_what_not(
     assert {each["rows"] for each in found["larger"]} == {0, 256, 1024}
     names = [each["method"] for each in found["recipe"]]
     assert names == ([] if settings else list(load_recipe("demo.toml").methods))
+
+
+def three_methods(folder: Path) -> Path:
+    """A world whose recipe has one method of each kind that is measured, since each that is counted takes seconds."""
+    recipe = make_world(folder)
+    before, after = recipe.read_text().split("[methods.base]")[0], recipe.read_text().split("[methods.lora]")[1]
+    recipe.write_text(f"{before}[methods.smf]\nlr = 0.1\nrule = 'tf'\n[methods.lora]{after}")
+    return recipe
+
+
+def print_plan_of(
+    recipe: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> tuple[dict[str, Any], list[tuple[Method, bool]]]:
+    """As JSON, and the methods that would have been measured, each with whether it was on the recipe's own base."""
+    measured = []
+
+    def alone(recipe: Recipe, method: Method, config: Any) -> Measured:
+        measured.append((method, config is None))
+        costs = costs_of(recipe, method, Qwen2Config(**SMALL) if config is None else config, 3)
+        assert costs is not None and costs.memory < available_memory() / 2
+        return Measured(1.0, 0.1, 1e9, 2**28, 2**29, costs)
+
+    monkeypatch.setattr(planning, "measure_alone", alone)
+    monkeypatch.setattr(sys, "argv", ["smf", "doctor", "--plan", str(recipe), "--format", "json", "--set", *settings])
+    cli.main()
+    return json.loads(capsys.readouterr().out), measured
+
+
+HUGE = {  # settings, and the method whose sizes fit nowhere
+    "memory": (["memory.n_keys=46000"], "smf"),
+    "rank": (["methods.lora.r=500000000"], "lora"),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_what_fits_nowhere_is_predicted_and_something_else_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, case: str
+):
+    settings, name = HUGE[case]
+    found, measured = print_plan_of(three_methods(tmp_path), settings, monkeypatch, capsys)
+    predicted = {each["method"]: each for each in found["recipe"]}
+    assert set(predicted) == {"smf", "lora", "full"}
+    assert predicted[name]["memory"] > available_memory() and predicted[name]["costs"]["flops"] > 0
+    assert predicted[name]["seconds"] is None and predicted["full"]["seconds"] > 0
+    assert any(line.startswith(f"{name}: no seconds, since it takes") for line in found["about"])
+    assert [method.kind for method, _ in measured] == ["smf", "lora", "full"]
+    assert all(own == (method.kind != name) for method, own in measured)
+    assert f"{name} on a stand-in of 8 layers of width 512 with usual options, since {name} does not fit" in " ".join(
+        found["about"]
+    )
+
+
+def test_sizes_that_no_tensor_can_have_are_refused_by_name(tmp_path: Path):
+    recipe = load_recipe(three_methods(tmp_path), ["methods.lora.r=4000000000000000000"])
+    with pytest.raises(ConfigError, match=r"\[methods\.lora\] cannot be counted"):
+        planning.plan(recipe)
+
+
+def test_many_sequences_are_predicted_from_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    large = ["train.batch_size=1000000000", "train.micro_batch_size=1000000000"]
+    found, measured = print_plan_of(three_methods(tmp_path), large, monkeypatch, capsys)
+    assert all(own for _, own in measured) and all(each["seconds"] is None for each in found["recipe"])
+    assert {each["costs"]["tokens"] for each in found["recipe"]} == {64 * 10**9}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_predicted_from_few_sequences_is_what_all_of_them_take(name: str, monkeypatch: pytest.MonkeyPatch):
+    recipe, config = recipe_of(batch_size=128, micro_batch_size=64), Qwen2Config(**SMALL)
+    whole = costs_of(recipe, METHODS[name], config, 3)
+    monkeypatch.setattr("smf.costs.COUNTED", 16 * 16)
+    few = costs_of(recipe, METHODS[name], config, 3)
+    assert whole is not None and few is not None
+    assert few.flops == pytest.approx(whole.flops) and few.passes == pytest.approx(whole.passes, rel=0.02)
+    assert replace(few, flops=whole.flops, passes=whole.passes) == whole
+
+
+def test_what_the_base_cannot_read_is_refused_and_what_is_not_counted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    world = three_methods(tmp_path)
+    with pytest.raises(ConfigError, match=r"max_length = 1000000, but the base reads 128 tokens at most"):
+        planning.plan(load_recipe(world, ["train.max_length=1000000"]))
+    own = ["methods.mine={kind = 'nowhere_at_all:f', lr = 0.1}", "methods.theirs={kind = 'json:dumps', lr = 0.1}"]
+    found, _ = print_plan_of(world, own, monkeypatch, capsys)
+    about = "\n".join(found["about"])
+    assert "mine is not counted, and would not run: kind = 'nowhere_at_all:f': module 'nowhere_at_all' cannot" in about
+    assert "theirs is not counted: what kind 'json:dumps' trains" in about
+    assert not {"mine", "theirs"} & {each["method"] for each in found["recipe"]}
 
 
 @pytest.mark.parametrize(("cut", "steps"), [("", 5), ("train.examples=16", 2), ('base="not/here"', None)])

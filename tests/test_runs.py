@@ -271,6 +271,9 @@ WRONG = [
     ("scores/held-out/records/3/acc", 10**400, "acc of a record is beyond 1e+100"),
     ("scores/held-out/records/3/nats", -1e300, "nats of a record is beyond 1e+100"),
     ("scores/KL general-text/records/0/tokens", None, "tokens of a record"),
+    ("scores/KL general-text/records/11/tokens", math.nan, "KL general-text: tokens of a record is no finite number"),
+    ("scores/KL general-text/records/11/tokens", math.inf, "tokens of a record is no finite number"),
+    ("scores/KL general-text/records/11/tokens", -1, "tokens of a record is no finite number of at least 0"),
 ]
 
 

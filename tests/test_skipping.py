@@ -80,6 +80,10 @@ def as_bad_gradient(loss: Tensor, logits: Tensor) -> Tensor:
     return loss + (logits.sum() * 0).abs().sqrt()  # adds 0, whose gradient is not a number
 
 
+def as_too_large(loss: Tensor, logits: Tensor) -> Tensor:
+    return loss * 1e25  # a finite loss and finite gradients, whose norm is infinite
+
+
 def saved_tensors(folder: Path) -> list[Tensor]:
     """All numbers of a run's last checkpoint: weights, rows, moments."""
     from safetensors.torch import load_file
@@ -107,6 +111,14 @@ def saved_tensors(folder: Path) -> list[Tensor]:
         ("masked", as_bad_gradient),
         ("lora", as_infinity),
         ("full", as_bad_gradient),
+        ("smf", as_too_large),
+        ("hits", as_too_large),
+        ("unclipped", as_too_large),
+        ("smf-all", as_too_large),
+        ("smf-healed", as_too_large),
+        ("masked", as_too_large),
+        ("lora", as_too_large),
+        ("full", as_too_large),
     ],
 )
 def test_a_step_that_is_not_finite_is_skipped_counted_and_its_examples_named(
@@ -114,13 +126,16 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_its_examples_named(
 ):
     recipe = load_recipe(world, output=str(tmp_path / "runs"))
     masked = replace(recipe.methods["smf"], update="masked-adam", train="rows+scale")
-    recipe = replace(recipe, methods=recipe.methods | {"masked": masked})
+    added = {"masked": masked, "hits": replace(recipe.methods["smf"], reads="hits")}
+    recipe = replace(recipe, methods=recipe.methods | added | {"unclipped": replace(added["hits"], update="sgd")})
+    if name == "unclipped":
+        recipe = replace(recipe, train=replace(recipe.train, max_grad_norm=0.0))
     poison(monkeypatch, {order[13]}, spoil)
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # the last checkpoint stays
     result = run_method(recipe, name)
     assert result["skipped_steps"] == 1 and result["steps"] == 4 and result["numbers_changed"] > 0
     folder = result_path(recipe, name).parent
-    what = "gradient" if spoil is as_bad_gradient else "loss"
+    what = "gradient" if spoil in (as_bad_gradient, as_too_large) else "loss"
     listed = json.loads((folder / SKIPPED).read_text())
     assert listed == [{"step": 2, "not_finite": what, "examples": order[8:16]}]
     assert all(bool(tensor.isfinite().all()) for tensor in saved_tensors(folder))
@@ -134,11 +149,12 @@ def test_a_skipped_step_moves_nothing(world: Path, order: list[str], tmp_path: P
     recipe = load_recipe(world, output=str(tmp_path / "runs"))
     constant = replace(recipe.train, schedule="constant_with_warmup", max_skipped=3)
     recipe = replace(recipe, train=constant)
-    for name in ("smf", "lora"):
+    for name, spoil in (("smf", as_nan), ("lora", as_nan), ("smf-all", as_too_large), ("lora", as_too_large)):
+        recipe = replace(recipe, output=str(tmp_path / f"{name} {spoil.__name__}"))
         one = replace(recipe, train=replace(constant, steps=1))
         first = run_method(one, name)
         with monkeypatch.context() as patched:
-            poison(patched, set(order[8:]), as_nan)
+            poison(patched, set(order[8:]), spoil)
             rest = run_method(recipe, name)
         assert rest["skipped_steps"] == 3 and rest["numbers_changed"] == first["numbers_changed"]
         assert rest["scores"] == first["scores"]
@@ -170,7 +186,8 @@ def test_too_many_such_steps_end_the_training_and_it_can_go_on(
 @pytest.mark.parametrize("steps", [1, 2])
 def test_what_has_diverged_is_said_and_not_skipped_nor_finished(world: Path, tmp_path: Path, steps: int):
     """Whether there is a step after the update that spoilt it or not."""
-    recipe = load_recipe(world, ["methods.smf.lr=1e42", f"train.steps={steps}"], output=str(tmp_path / "runs"))
+    rates = ["methods.smf.lr=1e38", "train.weight_decay=100"]  # which multiply to what float32 has not
+    recipe = load_recipe(world, [*rates, f"train.steps={steps}"], output=str(tmp_path / "runs"))
     with pytest.raises(TrainingError, match="not finite after step 1: the training has diverged"):
         run_method(recipe, "smf")
     assert not result_path(recipe, "smf").exists()
@@ -196,11 +213,11 @@ real, calls = MeanTokenLoss.__call__, []
 def loss_of(*arguments, **options):
     calls.append(1)
     spoilt = os.environ["RANK"] == "1" and len(calls) == 3  # of the second step, two micro-batches a step and rank
-    return real(*arguments, **options) * (float("nan") if spoilt else 1.0)
+    return real(*arguments, **options) * (float(sys.argv[2]) if spoilt else 1.0)
 
 MeanTokenLoss.__call__ = loss_of
 recipe = load_recipe(sys.argv[1])
-for name in sys.argv[2:]:
+for name in sys.argv[3:]:
     calls.clear()
     skipped = run_method(recipe, name)["skipped_steps"]
     sys.stderr.write(f"{name} of rank {os.environ['RANK']}: {skipped}\\n")  # at once, since ranks share the pipe
@@ -208,13 +225,14 @@ for name in sys.argv[2:]:
 
 
 @pytest.mark.slow
-def test_ranks_skip_together_what_one_of_them_sees(world: Path, tmp_path: Path):
+@pytest.mark.parametrize("factor", ["nan", "1e25"])
+def test_ranks_skip_together_what_one_of_them_sees(world: Path, tmp_path: Path, factor: str):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(world.read_text().replace(f"{world.parent}/runs", f"{tmp_path}/runs"))
     (tmp_path / "script.py").write_text(RANKS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    line = [*launch, str(tmp_path / "script.py"), str(recipe), "smf", "lora"]
+    line = [*launch, str(tmp_path / "script.py"), str(recipe), factor, "smf", "lora"]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("smf", "lora"):

@@ -223,6 +223,10 @@ def test_examples_without_tokens_do_not_matter_and_need_company():
     assert change([after, after], before, "nats") == Estimate(0.5, 0.5, 0.5, 2 / 4000)
     with pytest.raises(DataError, match="no tokens"):
         change([records([0.0], [0])], records([0.0], [0]), "nats")
+    for broken in (math.nan, math.inf):
+        found = records([1.0, 0.0], [3, broken])
+        with pytest.raises(DataError, match="not a finite number of them"):
+            change([found, found], found, "nats")
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 5])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import smf
@@ -314,6 +315,27 @@ def test_missing_adapter_is_refused_before_the_base_is_scored(own_world: Path):
 
     with pytest.raises(ConfigError, match=r"adapter_config\.json"):
         evaluate_saved(load_recipe(own_world), adapter="/nowhere", patch=None)
+
+
+@pytest.mark.parametrize(("name", "folder", "end"), [("smf", "adapter", "values"), ("lora", "model", "lora_B.weight")])
+def test_an_adapter_in_part_or_without_numbers_is_refused(
+    world: Path, tmp_path: Path, name: str, folder: str, end: str
+):
+    """Of PEFT's other methods too, which go on to be scored where they are whole."""
+    from smf.train import evaluate_saved
+
+    recipe = load_recipe(world)
+    result = run_method(recipe, name)
+    adapter = shutil.copytree(result_path(recipe, name).parent / folder, tmp_path / "adapter")
+    assert rounded(evaluate_saved(recipe, adapter=str(adapter), patch=None)[1]["scores"]) == rounded(result["scores"])
+    whole = load_file(adapter / "adapter_model.safetensors")
+    last = next(key for key in reversed(whole) if key.endswith(end))
+    damaged = {"part": {key: tensor for key, tensor in whole.items() if key != last}}
+    damaged |= {str(x): whole | {last: torch.full_like(whole[last], x)} for x in (float("nan"), float("-inf"))}
+    for tensors in damaged.values():
+        save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(SmfError, match=end.partition(".")[0]):
+            evaluate_saved(recipe, adapter=str(adapter), patch=None)
 
 
 def test_patch_of_another_base_is_refused_as_that(world: Path, tmp_path: Path):

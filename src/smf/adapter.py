@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from .config import TRAINED, SparseMemoryConfig
 from .decoder import find_decoder, refuse_base
-from .errors import ConfigError, SmfError, UnsupportedModelError
+from .errors import ConfigError, PatchError, SmfError, UnsupportedModelError
 from .fingerprint import base_hash
 from .frozen import FrozenBelow
 from .memory import KINDS, MemoryHost, MemoryShape, ProductKeyMemory
 from .sharding import refuse_replica
-from .table_rows import VALUES, changed_rows, check_sizes, with_whole_tables
+from .table_rows import VALUES, changed_rows, check_tensors, with_whole_tables
 from .tokens import TokenMask
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")  # folders that Trainer makes
@@ -214,9 +214,9 @@ class SparseMemoryModel(BaseTuner):
         """What PEFT loads: whole tables, also where rows were saved."""
         shapes = _shapes(model, adapter_name)
         prefix = "base_model.model."  # in files always, in models only within a PeftModel
-        shapes |= {f"{prefix}{name}": shape for name, shape in shapes.items() if not name.startswith(prefix)}
-        whole = with_whole_tables(state_dict, shapes)
-        check_sizes(whole, shapes)  # torch would copy all that fit before it says which did not
+        named = {f"{prefix}{name}": shape for name, shape in shapes.items() if not name.startswith(prefix)}
+        whole = with_whole_tables(state_dict, shapes | named)
+        check_tensors(whole, shapes, prefix)  # PEFT loads in part, with a warning, and torch whatever numbers there are
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, whole)
 
     def _check_merge_allowed(self) -> None:
@@ -261,15 +261,24 @@ def _shapes(model: nn.Module, adapter: str) -> dict[str, MemoryShape]:
     return {name: layer.memories[adapter].shape for name, layer in layers.items() if adapter in layer.memories}
 
 
+def _detach(model: nn.Module) -> None:
+    """Put the MLPs back in the place of all memory layers."""
+    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, SparseMemoryLayer)]:
+        for handle in layer.tokens.handles:
+            handle.remove()
+        model.set_submodule(name, layer.base_layer)
+    vars(model).pop("peft_config", None)
+
+
 # -- registration -----------------------------------------------------------------------------------------------------
 
 
 def _register() -> None:
     """Make PEFT know the method, let its summary count table rows, which are frozen for autograd, and its checkpoints
-    hold changed rows."""
+    hold changed rows; and leave no memory behind where a file is refused."""
     register_peft_method(name="sparse_memory", config_cls=SparseMemoryConfig, model_cls=SparseMemoryModel)
     count, show = PeftModel.get_nb_trainable_parameters, PeftModel.print_trainable_parameters
-    save = PeftModel.save_pretrained
+    save, read, add = PeftModel.save_pretrained, PeftModel.from_pretrained.__func__, PeftModel.load_adapter
 
     def get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:
         if not isinstance(self.base_model, SparseMemoryModel):
@@ -292,6 +301,32 @@ def _register() -> None:
         finally:
             self.base_model.rows_only = False
 
+    @functools.wraps(read)
+    def from_pretrained(cls: type[PeftModel], model: Any, *args: Any, **kwargs: Any) -> PeftModel:
+        """A base whose adapter is refused is as it was."""
+        known = any(isinstance(m, SparseMemoryLayer) for m in model.modules())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        try:
+            return read(cls, model, *args, **kwargs)
+        except PatchError:
+            if not known:
+                _detach(model)
+            for parameter in trained:  # which PEFT froze
+                parameter.requires_grad_(True)
+            raise
+
+    @functools.wraps(add)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """So is a model to which one is added."""
+        known = adapter_name in self.peft_config
+        try:
+            return add(self, model_id, adapter_name, *args, **kwargs)
+        except PatchError:
+            if not known and adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
+
+    PeftModel.from_pretrained, PeftModel.load_adapter = classmethod(from_pretrained), load_adapter  # type: ignore[assignment]
     PeftModel.save_pretrained = save_pretrained
     PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters
     PeftModel.print_trainable_parameters = print_trainable_parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 from collections.abc import Iterable, Mapping, Sized
@@ -21,6 +22,7 @@ from .memory import ProductKeyMemory, evaluation_mode, memory_layers, unwrap
 from .rows import find
 
 FORMAT = 1
+PIECE = 2**20  # rows that are checked at a time
 
 
 @dataclass
@@ -148,18 +150,35 @@ class Background:
     def load(cls, path: str | Path) -> Background:
         """Read a file written by `save`; anything else raises BackgroundError."""
         with refusing(BackgroundError, f"{path} is not a whole background"):
-            header, tensors = read_tensors(Path(path), "background", FORMAT, BackgroundError)
-            n_docs, identity, corpus = (header[key] for key in ("n_docs", "identity", "corpus"))
-            if type(n_docs) is not int or not 0 <= n_docs < 2**53 or not isinstance(identity + corpus, str):
-                raise BackgroundError(f"{path} says n_docs = {n_docs!r:.40}; expected a whole number, and two hashes")
-            layers: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in tensors.items():
-                layer, _, column = name.partition(".")
-                layers.setdefault(int(layer), {})[column] = tensor
-            counts = {layer: LayerCounts(**columns) for layer, columns in sorted(layers.items())}
+            check = functools.partial(_check_unread, str(path))
+            header, tensors = read_tensors(Path(path), "background", FORMAT, BackgroundError, check)
+            counts = {layer: LayerCounts(**columns) for layer, columns in sorted(_by_layer(tensors).items())}
             for layer, each in counts.items():
-                each.check(n_docs, f"{path}, layer {layer}")
-            return cls(counts, n_docs, identity, corpus)
+                each.check(header["n_docs"], f"{path}, layer {layer}")
+            return cls(counts, *(header[key] for key in ("n_docs", "identity", "corpus")))
+
+
+def _by_layer(named: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    layers: dict[int, dict[str, Any]] = {}
+    for name, each in named.items():
+        layer, _, column = name.partition(".")
+        layers.setdefault(int(layer), {})[column] = each
+    return layers
+
+
+def _check_unread(path: str, header: dict[str, Any], slices: dict[str, Any]) -> None:
+    """Refuse a file's header and sizes, then its rows a piece at a time: gigabytes of zeros take no room on a disk."""
+    n_docs, identity, corpus = (header[key] for key in ("n_docs", "identity", "corpus"))
+    if type(n_docs) is not int or not 0 <= n_docs < 2**53 or not isinstance(identity + corpus, str):
+        raise BackgroundError(f"{path} says n_docs = {n_docs!r:.40}; expected a whole number, and two hashes")
+    for layer, columns in _by_layer(slices).items():
+        found = {column: (each.get_dtype(), each.get_shape()) for column, each in columns.items()}
+        rows = {size[0] for column, (_, size) in found.items() if column != "spared" and len(size) == 1}
+        if len(rows) != 1 or any(kind != "I64" or len(size) != 1 for kind, size in found.values()):
+            raise BackgroundError(f"{path}, layer {layer}: it holds {found}; expected int64, of equal length")
+        for start in range(0, max(size[0] for _, size in found.values()), PIECE):
+            here = {c: each[start : start + PIECE] for c, each in columns.items() if found[c][1][0] > start}
+            LayerCounts(**here).check(n_docs, f"{path}, layer {layer}")
 
 
 def batches_of_texts(texts: Iterable[Any], tokenizer: Any, max_length: int, batch_size: int) -> Iterable[dict]:

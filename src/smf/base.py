@@ -25,17 +25,22 @@ def check_models(recipe: Recipe) -> None:
     Looks at the base's config only.
     """
     config = base_config(recipe)
-    length, longest = recipe.train.max_length, positions(recipe)
-    if length > longest:
-        raise ConfigError(
-            f"[train] max_length = {length}, but the base reads {longest} tokens at most; set it to {longest} or less"
-        )
+    check_length(recipe)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         decoder = find_decoder(AutoModelForCausalLM.from_config(config))
     for name in recipe.methods:
         with naming_layers(recipe, name):
             _check_method(recipe, name, decoder)
+
+
+def check_length(recipe: Recipe) -> None:
+    """Refuse examples longer than the base reads."""
+    length, longest = recipe.train.max_length, positions(recipe)
+    if length > longest:
+        raise ConfigError(
+            f"[train] max_length = {length}, but the base reads {longest} tokens at most; set it to {longest} or less"
+        )
 
 
 def _check_method(recipe: Recipe, name: str, decoder: DecoderLayers) -> None:

@@ -33,6 +33,7 @@ from .rows import RowStore
 
 ROW_KEPT = 3  # vectors that an optimizer keeps of a row it has chosen: two moments and the old value
 ROW_IDS = 40  # bytes of a chosen row's ids, their order and its step count
+COUNTED = 2**17  # tokens of a micro-batch that are looked at, at most, but two sequences in any case
 READ = 24  # bytes that a rank sends of a row it read: id, what the rule counts, hits
 SUMMED = 4  # bytes of a number of a gradient that ranks add up
 MOVES = ["lr", "lr_other", "replay", "rule", "reads", "update", "betas", "select_every", "rows_per_step", "provenance"]
@@ -250,10 +251,23 @@ def costs_of(
             added. Methods that differ in which rows they choose and how far these move have the same passes.
     """
     model = model_of(recipe, method, config)
-    return None if model is None else _costs(recipe, method, model, steps, {} if counted is None else counted)
+    return None if model is None else _costs(recipe, method, config, model, steps, {} if counted is None else counted)
 
 
-def _costs(recipe: Recipe, method: Method, model: Any, steps: int, counted: dict[str, Passes]) -> Costs:
+def _passes(recipe: Recipe, method: Method, config: Any, model: Any, times: int) -> Passes:
+    """Of one micro-batch; of more sequences than can be looked at, the more by as much for each as for the last ones
+    that are."""
+    rows, length = recipe.train.micro_batch_size, recipe.train.max_length
+    most = min(rows, max(2, COUNTED // length))
+    passes = count_passes(model, most, length, times)
+    if most == rows:
+        return passes
+    half = count_passes(model_of(recipe, method, config), most // 2, length, times)
+    each = (passes.held - half.held) / (most - most // 2)
+    return Passes(passes.flops * rows / most, passes.held + round(each * (rows - most)))
+
+
+def _costs(recipe: Recipe, method: Method, config: Any, model: Any, steps: int, counted: dict[str, Passes]) -> Costs:
     train = recipe.train
     micro, tokens = train.micro_batch_size * train.max_length, train.batch_size * train.max_length
     healing, every = method.kind == "healed", method.kind == "healed" or method.rule == "all"
@@ -278,7 +292,7 @@ def _costs(recipe: Recipe, method: Method, model: Any, steps: int, counted: dict
     times = max(1, train.batch_size // train.micro_batch_size)
     made_by = repr([(name, value) for name, value in vars(method).items() if name not in MOVES])
     if made_by not in counted:
-        counted[made_by] = count_passes(model, train.micro_batch_size, train.max_length, times)
+        counted[made_by] = _passes(recipe, method, config, model, times)
     passes = counted[made_by]
     return Costs(
         tokens=tokens,

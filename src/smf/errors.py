@@ -42,6 +42,10 @@ class TrainingError(SmfError, RuntimeError):
     """A training step that would do nothing, or something else than it says."""
 
 
+class NotFiniteError(TrainingError):
+    """A training step whose gradient is not finite; it changed nothing."""
+
+
 class StorageError(SmfError, OSError):
     """A file that could not be written."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from .errors import SmfError, refusing
 
 PART = ".part"  # ends the names of temporary files
+MOST = 2**28  # bytes of a text of ours: a result with a million scored questions has some tens of millions
+Check = Callable[[dict[str, Any], dict[str, Any]], None]  # of a header, and of slices by name, of which none is read
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -34,14 +37,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most: int = MOST) -> str:
     """The text of a file, which must be a regular one: a pipe would be waited for, a device never ends.
+
+    Args:
+        path: of the file.
+        most: bytes; a larger one, which need not take room on a disk, is refused before it is read.
 
     Raises:
         OSError, UnicodeDecodeError: where it cannot be read.
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
+    size = path.stat().st_size
+    if size > most:
+        raise OSError(f"{path} has {size:,} bytes; expected {most:,} at most")
     return path.read_text(encoding="utf-8")
 
 
@@ -62,7 +72,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, header: dic
     write_atomically(path, save(ordered, metadata={f"smf_{kind}": json.dumps(header, sort_keys=True)}))
 
 
-def read_tensors(path: Path, kind: str, newest: int, error: type[SmfError]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_tensors(
+    path: Path, kind: str, newest: int, error: type[SmfError], check: Check | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file by `write_tensors`; raises `error`, saying why, for anything else.
 
     Args:
@@ -70,13 +82,21 @@ def read_tensors(path: Path, kind: str, newest: int, error: type[SmfError]) -> t
         kind: "patch" or "background".
         newest: the format number that this version reads.
         error: class to raise.
+        check: refuses headers and safetensors' slices of the tensors, before the tensors are read.
     """
     with refusing(error, f"{path} is not a readable {kind} file"):
         if not path.is_file():
             raise error(f"no {kind} file at {path}")
         with safe_open(str(path), framework="pt") as file:  # refuses offsets that overlap or lie outside
             header = json.loads((file.metadata() or {}).get(f"smf_{kind}", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            _check_format(path, header, kind, newest, error)
+            names = list(file.keys())
+            if check is not None:
+                check(header, {name: file.get_slice(name) for name in names})
+            return header, {name: file.get_tensor(name) for name in names}
+
+
+def _check_format(path: Path, header: Any, kind: str, newest: int, error: type[SmfError]) -> None:
     if not isinstance(header, dict):
         raise error(f"{path} is a safetensors file, but not a {kind} of smf")
     known = header.get("format")
@@ -84,7 +104,6 @@ def read_tensors(path: Path, kind: str, newest: int, error: type[SmfError]) -> t
         newer = type(known) is int and known > newest
         advice = "update smf" if newer else "it was written by an earlier version, which is not read any more"
         raise error(f"{path} has {kind} format {known!r}; this version reads {newest}; {advice}")
-    return header, tensors
 
 
 def no_folder(folder: Path) -> str:

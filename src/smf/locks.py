@@ -1,4 +1,8 @@
-"""One process at a time in a run's folder: a lock that says which process, on which host, has it."""
+"""One process at a time in a run's folder: a lock that says which process, on which host, has it.
+
+Locked is the folder as well as a file in it: the file can be removed while it is held, and another one made. Folders
+on other machines' disks may not be lockable; there the file alone counts.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,12 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from .errors import BusyError
+from .errors import BusyError, StorageError
 
 LOCK = "lock"  # name of the file, which holds its holder while it is held
 MOST = 1000  # characters of it
@@ -31,47 +34,71 @@ def working_in(folder: Path, *, wait: bool) -> Iterator[None]:
         BusyError: naming the process and host that have it.
     """
     path = folder / LOCK
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        raise BusyError(
-            f"{folder} is in use by {_described(_holder(path))}; wait until it has ended, or give another --output"
-        ) from None
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            with contextlib.suppress(OSError):
+                _lock(folder, os.O_RDONLY, held, wait)
+            file = _lock(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, held, wait)
+        except _HeldError:
+            raise BusyError(
+                f"{folder} is in use by {_described(_holder(path))}; wait until it has ended, or give another --output"
+            ) from None
         _tell_of_the_last(path)
-        path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.truncate(path, 0)  # what is left by a process that could not say goodbye stays
-        lock.release()
+        try:
+            os.ftruncate(file, 0)
+            os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file, 0)  # what is left by a process that could not say goodbye stays
+
+
+class _HeldError(Exception):
+    """Another process has it."""
+
+
+def _lock(path: Path, flags: int, held: contextlib.ExitStack, wait: bool) -> int:
+    """Open a file or folder and lock it, until `held` ends."""
+    while True:
+        handle = os.open(path, flags, 0o644)
+        with contextlib.ExitStack() as undone:
+            undone.callback(os.close, handle)
+            if not stat.S_ISREG(mode := os.fstat(handle).st_mode) and not stat.S_ISDIR(mode):
+                raise StorageError(f"{path} is not a regular file; remove it")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise _HeldError from None
+            undone.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # processes that were forked have it open too
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(path)):  # else it was removed while this one waited
+                    held.push(undone.pop_all())
+                    return handle
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the lock at `path`."""
-    if not path.is_file():
-        return False
-    try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
+    """Whether a process holds the lock at `path`, though its file was removed. Nothing is written or taken over."""
+    return _is_locked(path.parent) or (path.is_file() and _is_locked(path))
 
 
 def held_by(path: Path) -> tuple[str, bool] | None:
-    """Who a lock names, and whether it still holds it; None where it names nobody. Nothing is written or taken over."""
-    holder = _holder(path) if path.is_file() else None
-    return None if holder is None else (_described(holder), _is_locked(path))
+    """Who a lock names, and whether it still holds it; None where it names nobody, and nobody does."""
+    holder, held = _holder(path) if path.is_file() else None, is_held(path)
+    return None if holder is None and not held else (_described(holder), held)
 
 
 def _is_locked(path: Path) -> bool:
-    """As `is_held`, of a file that may be read only: for an instant it is shared, which a holder would not allow."""
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    """Of what may be read only: for an instant it is shared, which a holder would not allow."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(handle)
     return False
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import ranks, refusals, sharding
 from .background import Background
-from .errors import ConfigError, TrainingError
+from .errors import ConfigError, NotFiniteError, TrainingError
 from .fingerprint import is_memory_parameter
 from .gradient import parts_by_example, row_gradient
 from .memory import Factors, Journal, ProductKeyMemory, memory_layers, unwrap
@@ -115,6 +115,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
         sharding.refuse_wrappers(model)
         self.memories = memory_layers(model, adapter)
         refusals.check_memories(self.memories)
+        refusals.check_rates(self.memories, lr=lr, lr_other=lr_other)
         refusals.check_numbers(
             rows_per_step,
             betas,
@@ -204,7 +205,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             reads = ranks.sum_reads(count_reads(group, self.reads_kind, memory.values.device))
             report.reads[layer] += int(reads.hits_R.sum())
             if not bool(reads.c_R.isfinite().all()):
-                raise TrainingError(self._not_finite("a gradient"))
+                raise NotFiniteError(self._not_finite("a gradient"))
             rows = reads.rows_R
             if self._score is not None and len(rows) > 0:
                 generator = seeded("rule", self.seed, report.step, layer, i)
@@ -239,7 +240,7 @@ class SparseMemoryOptimizer(torch.optim.Optimizer):
             ranks.mean_gradients_(self._others)
             norm = _norm(grads, self._others)
         if norm != norm or norm == float("inf"):
-            raise TrainingError(self._not_finite("the gradient norm"))
+            raise NotFiniteError(self._not_finite("the gradient norm"))
         if self.max_grad_norm and norm > self.max_grad_norm:
             for grad in [*grads.values(), *_gradients(self._others)]:
                 grad.mul_(self.max_grad_norm / (norm + 1e-6))

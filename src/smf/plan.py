@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from . import methods
-from .base import base_config, load_base, on_this_machine
-from .costs import Costs, bytes_of, costs_of, model_of
+from .base import base_config, check_length, load_base, on_this_machine
+from .costs import COUNTED, Costs, costs_of
 from .data import Loaded
 from .dry_run import examples_here
-from .errors import ConfigError
+from .errors import ConfigError, refusing
 from .loop import training_steps
 from .loss import MeanTokenLoss
 from .optimizer import SparseMemoryOptimizer
@@ -40,8 +41,10 @@ BACKBONES = {  # shapes of Qwen2.5 (arXiv 2412.15115, table 1)
 STAND_IN = _shape(512, 1536, 8, 8, 2, 16384, True)
 TINY = _shape(32, 32, 3, 2, 2, 64, True)
 TINY_MEMORY = MemoryOptions(n_keys=16, heads=2, knn=2, k_dim=8)
+USUAL_KEYS = 128  # n_keys of a memory that is measured where the recipe's own does not fit
 TABLES = (128, 512, 1024)  # n_keys: 16k, 262k and 1M rows
 KINDS = ("smf", "lora", "full")  # whose speeds are measured
+GIB = 2**30
 TOKENS = 128  # of a measured step, at most
 STEPS = 2  # that are measured, after one that is not
 UNKNOWN = 1000  # steps of a training whose length depends on data that is not here
@@ -119,20 +122,39 @@ def plan(recipe: Recipe, larger: bool = False) -> Plan:
         larger: count other models and tables too, which takes minutes; done in any case where the base is not here.
 
     Raises:
-        ConfigError: where the recipe has no method whose costs can be counted.
+        ConfigError: for sizes that nothing can have, and examples longer than the base reads.
     """
     here = on_this_machine(recipe)
     config = base_config(recipe) if here else None
-    own = short(recipe)
-    measured, about = calibrate(own, config if here and _fits(own, config) else None)
+    if here:
+        check_length(recipe)
+    measured, about = calibrate(short(recipe), config)
     steps = _steps(recipe, about)
     found: list[Prediction] = []
     if here:
         for name, method in recipe.methods.items():
-            found += predict(recipe, name, method, config, recipe.base, steps, measured)
+            made = predict(recipe, name, method, config, recipe.base, steps, measured)
+            found += made
+            about += _unsaid(name, method, made)
     else:
         about.append(f"the base {recipe.base} is not on this machine: its methods are predicted on other shapes only")
     return Plan(about, measured, found, _larger(recipe, steps, measured, about) if larger or not here else [])
+
+
+def _unsaid(name: str, method: Method, made: Sequence[Prediction]) -> list[str]:
+    """Why a method of the recipe has no prediction, or one without seconds."""
+    if not made:
+        try:
+            methods.find_method(method.kind)
+        except ConfigError as error:
+            return [f"{name} is not counted, and would not run: {error}"]
+        return [f"{name} is not counted: what kind {method.kind!r} trains is known once it is made"]
+    needed, room = made[0].memory, available_memory()
+    if method.kind in UNTRAINED or made[0].seconds is not None:
+        return []
+    if needed < room:
+        return [f"{name}: no seconds, since nothing like it was measured"]
+    return [f"{name}: no seconds, since it takes {needed / GIB:,.1f} GiB; this machine has {room / GIB:,.1f} GiB left"]
 
 
 def _larger(recipe: Recipe, steps: int, measured: dict[str, Measured], about: list[str]) -> list[Prediction]:
@@ -159,7 +181,11 @@ def _steps(recipe: Recipe, about: list[str]) -> int:
     if not examples:
         about.append(f"the recipe trains for epochs of data that is not on this machine: taken as {UNKNOWN:,} steps")
         return UNKNOWN
-    return training_steps(options, examples)
+    try:
+        return training_steps(options, examples)
+    except ConfigError as error:  # what it would take can be said all the same
+        about.append(f"the recipe would not run: {error}")
+        return options.steps or UNKNOWN
 
 
 def _table(recipe: Recipe, method: Method, n_keys: int) -> MemoryOptions | None:
@@ -182,7 +208,8 @@ def predict(
     recipe: Recipe, name: str, method: Method, config: Any, model: str, steps: int, measured: dict[str, Measured]
 ) -> list[Prediction]:
     """A method on the base of a configuration; nothing where nobody can count it."""
-    costs = costs_of(recipe, method, config, steps)
+    with refusing(ConfigError, f"[methods.{name}] cannot be counted"):
+        costs = costs_of(recipe, method, config, steps)
     if costs is None:
         return []
     memory = method.memory or recipe.memory
@@ -214,34 +241,48 @@ def short(recipe: Recipe) -> Recipe:
     return replace(recipe, train=replace(recipe.train, max_length=length, micro_batch_size=rows, batch_size=rows))
 
 
-def _fits(recipe: Recipe, config: Any) -> bool:
-    """Whether full finetuning of the base, the largest of all, takes no more than half of what is left."""
-    model = model_of(recipe, Method(kind="full"), config)
-    return 4 * bytes_of(model.parameters()) < available_memory() / 2
-
-
 def calibrate(recipe: Recipe, config: Any) -> tuple[dict[str, Measured], list[str]]:
-    """Some steps of each of `KINDS` on the recipe's base (a stand-in, where `config` is None), and what was done."""
-    found = {}
+    """Some steps of each of `KINDS`, and what was done.
+
+    Measured is what fits: the recipe's first method of a kind on its base, if that is here (`config`), or on a
+    stand-in; or else a usual method on the stand-in.
+    """
+    found, on = {}, dict[str, list[str]]()
     for name, method in _of_each_kind(recipe).items():
         print(f"smf: measuring {name}", file=sys.stderr)
         memory = replace(method.memory or recipe.memory, layers=None)
         anywhere = replace(method, layers=None, memory=memory)  # the stand-in has other layers than the base
-        found[method.kind] = (
-            measure_alone(recipe, method, None)
-            if config is not None
-            else measure_alone(recipe, anywhere, Qwen2Config(**STAND_IN))
-        )
-    what = f"the recipe's base {recipe.base}" if config is not None else "a stand-in of 8 layers of width 512"
+        usual = Method(kind=method.kind, memory=MemoryOptions(n_keys=USUAL_KEYS))
+        stand_in, own = Qwen2Config(**STAND_IN), f"the recipe's base {recipe.base}"
+        other = "a stand-in of 8 layers of width 512"
+        if config is not None and _fits(recipe, name, method, config):
+            found[method.kind], where = measure_alone(recipe, method, None), own
+        elif _fits(recipe, name, anywhere, stand_in):
+            found[method.kind], where = measure_alone(recipe, anywhere, stand_in), other
+        elif _fits(recipe, name, usual, stand_in):
+            what = f"{other} with usual options, since {name} does not fit"
+            found[method.kind], where = measure_alone(recipe, usual, stand_in), what
+        else:
+            continue
+        on.setdefault(where, []).append(method.kind)
+    what = "; ".join(f"{', '.join(kinds)} on {where}" for where, kinds in on.items()) or "nothing, for want of memory"
     tokens = recipe.train.micro_batch_size * recipe.train.max_length
     about = [
-        f"measured: {STEPS} steps each of {', '.join(found)} on {what}, of {tokens} random tokens, rows by rule "
+        f"measured: {STEPS} steps each of {what}; of {tokens} random tokens, rows by rule "
         f"tf, with {torch.get_num_threads()} threads, {'cuda' if torch.cuda.is_available() else 'cpu'}",
         "counted, on tensors without numbers: FLOPs and bytes of passes; known: bytes of states, files, exchange. Every"
         " example is as long as max_length, and every token learned; of rows, the most that can be chosen",
-        "extrapolated: seconds, by the counted FLOPs and a matrix product of the model's width, which is measured",
+        "extrapolated: seconds, by the counted FLOPs and a matrix product of the model's width, which is measured; of "
+        f"micro-batches of more than {COUNTED:,} tokens, passes by those of fewer sequences",
     ]
     return found, about
+
+
+def _fits(recipe: Recipe, name: str, method: Method, config: Any) -> bool:
+    """Whether measuring a method takes no more than half of what is left."""
+    with refusing(ConfigError, f"[methods.{name}] cannot be counted"):
+        costs = costs_of(recipe, method, config, 1 + STEPS)
+    return costs is not None and costs.memory < available_memory() / 2
 
 
 def measure_alone(recipe: Recipe, method: Method, config: Any, steps: int = STEPS) -> Measured:

@@ -299,9 +299,11 @@ def revisions(recipe: Recipe, scored: Mapping[str, ScoredSet]) -> dict[str, str]
 def check_output(folder: Path, *, make: bool = True) -> None:
     """Refuse an output folder that cannot be written; unless it is to be made, the folder that it would be made in."""
     try:
+        if "\0" in str(folder):
+            raise ValueError("no name of a file has a null character")
         if make:
             folder.mkdir(parents=True, exist_ok=True)
         whole = folder.absolute()
         tempfile.TemporaryFile(dir=next(place for place in (whole, *whole.parents) if place.exists())).close()
-    except (OSError, ValueError) as error:  # ValueError: a null byte
+    except (OSError, ValueError) as error:
         raise ConfigError(f"output = {str(folder)!r} cannot be written: {error}; give another --output") from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError, refusing
+from .files import read_text
 from .recipe import UNTRAINED, Method, Recipe, sources
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -38,6 +39,7 @@ KINDS: dict[str, set[str]] = {  # of methods, and the keys that each reads besid
 }
 MOST_METHODS = 10_000  # that the axes of one method make: more were hardly meant, and billions would fill the memory
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # what no file of Windows can be named
+LARGEST = 2**25  # bytes of a recipe: runs keep it with every method written out, each some hundred bytes
 LONGEST = 200  # bytes of a method's name: a file's is 255 at most, and a run's folder adds a hash
 SHORT = {"rows_per_step": "t", "layers": "layers", "n_keys": "keys"}  # in the names of methods made by axes
 
@@ -69,7 +71,7 @@ def load_recipe(path: str | Path, settings: Sequence[str] = (), **overrides: Any
     with refusing(ConfigError, f"the recipe {str(path)!r} cannot be read"):
         file = find_recipe(path)
         try:
-            table = tomllib.loads(file.read_text(encoding="utf-8"))
+            table = tomllib.loads(read_text(file, LARGEST))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML: {error}") from error
         return _recipe(table, file.name, settings, overrides)

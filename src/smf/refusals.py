@@ -55,6 +55,16 @@ def check_numbers(rows_per_step: Any, betas: Any, **numbers: Any) -> None:
         raise ConfigError(f"betas must be two numbers in [0, 1); got {betas!r}")
 
 
+def check_rates(memories: dict[int, ProductKeyMemory], **rates: Any) -> None:
+    """Refuse a learning rate that is infinite in the table's dtype: the first step would make its rows infinite."""
+    dtypes = {memory.values.dtype for memory in memories.values()}
+    for name, rate in rates.items():
+        for dtype in dtypes if isinstance(rate, (int, float)) else ():
+            if torch.finfo(dtype).max < rate < math.inf:
+                most = torch.finfo(dtype).max
+                raise ConfigError(f"{name} must be at most {most:.3g}, the largest number of {dtype}; got {rate!r}")
+
+
 def check_names(**options: tuple[str, tuple[str, ...]]) -> None:
     """Refuse names that are not among the allowed ones."""
     for name, (value, allowed) in options.items():

@@ -142,6 +142,8 @@ def _check_records(records: list[dict[str, Any]], metrics: Sequence[str], where:
             raise DataError(f"{where}{key} of a record is missing or of another type")
         if float in kind and not all(is_number(record[key] + 0) for record in records):  # + 0: of True, 1
             raise DataError(f"{where}{key} of a record is beyond {LARGEST:g}, which is no measurement")
+        if key == "tokens" and not all(0 <= record[key] < math.inf for record in records):  # a count, never of training
+            raise DataError(f"{where}tokens of a record is no finite number of at least 0")
 
 
 def _agree(stated: float, found: float) -> bool:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from . import ranks
 from .data import Example
-from .errors import TrainingError, refusing
+from .errors import NotFiniteError, TrainingError, refusing
 from .files import read_text, write_json
 from .optimizer import SparseMemoryOptimizer
 
@@ -52,6 +52,7 @@ class Skipping(TrainerCallback):
             write_json(path, self.steps)  # without what a killed process skipped later, which comes again
         elif main:
             path.unlink(missing_ok=True)
+        self.max_grad_norm = 0.0
         self._losses: list[Tensor] = []  # of the step's micro-batches on this rank
 
     def watched(self, loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -64,14 +65,31 @@ class Skipping(TrainerCallback):
 
         return watched
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Clip in Trainer's place, which does so before anyone looks: an infinite norm would leave zeros everywhere."""
+        self.max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
         """Between the last backward pass of a step and the optimizer, which is Accelerate's around ours."""
-        loss_is, gradient_is = ranks.true_everywhere(_finite(self._losses), _finite(self._gradients()))
+        gradients = [p for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in gradients])
+        loss_is, gradient_is = ranks.true_everywhere(_finite(self._losses), _finite([norm, *self._factors()]))
         self._losses = []
+        if loss_is and gradient_is:
+            if self.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(gradients, self.max_grad_norm, norm)
+            if not isinstance(self.optimizer, SparseMemoryOptimizer):
+                return
+            try:  # the gradient of its rows is known within the step alone, which refuses it on all ranks alike
+                optimizer.step()
+            except NotFiniteError:
+                gradient_is = False
+        optimizer.gradient_state._set_sync_gradients(False)  # in the midst of accumulating, Accelerate does not step
         if loss_is and gradient_is:
             return
         self.optimizer.zero_grad()  # of a memory, what the backward passes left as well
-        optimizer.gradient_state._set_sync_gradients(False)  # in the midst of accumulating, Accelerate does not step
         self.refuse_diverged(state.global_step)  # no batch is to blame, and every step would be skipped
         self._note(state.global_step, "gradient" if loss_is else "loss")
 
@@ -85,13 +103,12 @@ class Skipping(TrainerCallback):
                 f"what trains is not finite after step {done}: the training has diverged. Lower the learning rate"
             )
 
-    def _gradients(self) -> list[Tensor]:
-        groups = self.optimizer.param_groups
-        found = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        if isinstance(self.optimizer, SparseMemoryOptimizer):
-            pending = [factors for memory in self.optimizer.memories.values() for factors in memory.pending]
-            found += [tensor for factors in pending for tensor in (factors.w_TR, factors.g_TD)]
-        return found
+    def _factors(self) -> list[Tensor]:
+        """What the rows' gradient is made of."""
+        if not isinstance(self.optimizer, SparseMemoryOptimizer):
+            return []
+        pending = [factors for memory in self.optimizer.memories.values() for factors in memory.pending]
+        return [tensor for factors in pending for tensor in (factors.w_TR, factors.g_TD)]
 
     def _note(self, done: int, what: str) -> None:
         """Write down step `done + 1`, and end the training where it is one too many."""

@@ -5,23 +5,20 @@ from __future__ import annotations
 import difflib
 import functools
 import glob
-import gzip
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from . import world
 from .data import Row, numbered
 from .errors import DataError, HubError, refusing
 from .fingerprint import hashed, part_of
+from .json_lines import broken_row, check_lines
 from .recipe import Source
 
 CACHE = "the hub's cache"  # in place of "hub": only what lies on this machine already
 READERS = {".parquet": "parquet", ".csv": "csv"}  # by suffix; everything else is read as JSON lines
-NESTED = 500  # brackets within brackets; pyarrow's JSON parser ends the process at some ten thousand
-NOT_STRUCTURE = bytes({*range(256)} - {*b'[]{}"'})
 
 
 def load_rows(source: Source, data: str, parts: Mapping[str, float], need: Sequence[str], table: str = "") -> list[Row]:
@@ -129,7 +126,7 @@ def _read(source: Source, data: str, table: str) -> Any:
             f"{named}: no data file at {file}; set its path, or give --data the folder that has {source.path!r}{other}"
         )
     if file.suffix not in READERS:
-        _check_nesting(file)
+        check_lines(file)
     kind = READERS.get(file.suffix, "json")
     try:
         # escaped, since datasets takes a name for a pattern, by which another file may be found
@@ -140,56 +137,12 @@ def _read(source: Source, data: str, table: str) -> Any:
         if not file.stat().st_size:
             raise DataError(f"{file} has no rows: it is empty") from error
         what = "JSON lines" if kind == "json" else kind
-        found = _broken_row(file) if kind == "json" else None  # the parser counts rows within a piece of the file
+        found = broken_row(file) if kind == "json" else None  # the parser counts rows within a piece of the file
         raise DataError(f"{file} cannot be read as {what}: {found or error.__cause__ or error}") from error
 
 
 def _is_same(file: Path, named: Any) -> bool:
     return os.path.realpath(file) == os.path.realpath(os.fsdecode(named)) if isinstance(named, str | bytes) else True
-
-
-def _broken_row(file: Path) -> str | None:
-    """Which row of a file of JSON lines cannot be read, and why; None where all of them can."""
-    number = 0
-    with _opened(file) as lines:
-        for number, line in enumerate((line for line in lines if line.strip(b"\xef\xbb\xbf \t\r\n")), 1):
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
-                return f"row {number} is not JSON ({error}): {line[:60]!r}"
-            if isinstance(row, list) and number == 1:
-                return None  # one list of all rows
-            if not isinstance(row, dict):
-                return f"row {number} is {row!r:.40}; expected an object with columns"
-    return None if number else "it has no rows"
-
-
-def _opened(file: Path) -> IO[bytes]:
-    """The file's bytes, unpacked where gzip packed them."""
-    with file.open("rb") as plain:
-        packed = plain.read(2) == b"\x1f\x8b"
-    return cast(IO[bytes], gzip.open(file)) if packed else file.open("rb")
-
-
-def _check_nesting(file: Path) -> None:
-    """Refuse a file whose JSON is nested too deep for the parser, which would crash, or is not in UTF-8."""
-    left = b""  # brackets that are open so far
-    with _opened(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if number == 1 and line.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"", b"{", b"["):
-                raise DataError(f"{file} is neither JSON lines, nor such lines packed by gzip; it begins {line[:20]!r}")
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                byte = line[error.start : error.end]
-                raise DataError(f"{file}, line {number} is not UTF-8: {byte!r} is no character; convert it") from error
-            bare = line.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, NOT_STRUCTURE)
-            left += b"".join(bare.split(b'"')[::2])  # without what stands in strings
-            for _ in range(NESTED):
-                if len(left) == len(left := left.replace(b"[]", b"").replace(b"{}", b"")):
-                    break
-            if len(left) > NESTED:
-                raise DataError(f"{file}, line {number}: more than {NESTED} brackets are open, or do not match")
 
 
 def _from_hub(source: Source, data: str) -> Any:

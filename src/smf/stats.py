@@ -99,8 +99,8 @@ def changes_of(
     key = "nats" if metric in RATIOS else metric
     differences_SE = np.array([[r[key] for r in records] for records in after], float) - [r[key] for r in before]
     weights_E = np.array([r["tokens"] if metric in RATIOS else 1.0 for r in before], float)
-    if weights_E.sum() <= 0:
-        raise DataError("there is nothing to compare: the examples have no tokens")
+    if not 0 < weights_E.sum() < math.inf:
+        raise DataError("there is nothing to compare: the examples have no tokens, or not a finite number of them")
     numbers: dict[Any, int] = {}
     cluster_E = np.array([numbers.setdefault(cluster, len(numbers)) for _, cluster in examples])
     order = np.argsort(seeds)  # so that two methods' runs are paired by seed, however they were listed

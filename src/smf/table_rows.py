@@ -69,13 +69,29 @@ def with_whole_tables(state: Mapping[str, Tensor], shapes: Mapping[str, MemorySh
     return whole
 
 
-def check_sizes(state: Mapping[str, Tensor], shapes: Mapping[str, MemoryShape]) -> None:
-    """Refuse a checkpoint whose tensors do not have the sizes of the model's memories; none of them is loaded then."""
+def check_tensors(state: Mapping[str, Tensor], shapes: Mapping[str, MemoryShape], prefix: str) -> None:
+    """Refuse a checkpoint that lacks a tensor of the model's memories, or has one of another size or without numbers.
+
+    Args:
+        state: by name; none of it is loaded where it is refused.
+        shapes: of the memories, by the name of their module in the model.
+        prefix: that the names in `state` may have before that.
+    """
     for name, shape in shapes.items():
         for kind, (_, size) in shape.layouts().items():
-            tensor = state.get(f"{name}.{MEMORY_PREFIX}{kind}")
-            if tensor is not None and tuple(tensor.shape) != size:
+            key = f"{name}.{MEMORY_PREFIX}{kind}"
+            tensor = state.get(f"{prefix}{key}", state.get(key))
+            if tensor is None:
+                raise PatchError(f"{name}: the file has no {kind}, which its config promises")
+            if tuple(tensor.shape) != size:
                 raise PatchError(f"{name}: {kind} is {tuple(tensor.shape)} in the file; the model has {size}")
+            if not all_finite(tensor):
+                raise PatchError(f"{name}: {kind} holds NaN or infinity in the file")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; torch cannot say so of float8."""
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
 
 
 def _hash_bytes(start_ND: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import load_peft_weights
 from transformers import set_seed
 
 from . import methods
@@ -36,6 +38,7 @@ from .prepare import load, load_scored
 from .recipe import Recipe
 from .recipe_file import to_toml
 from .runs import FORMAT, is_finished
+from .table_rows import all_finite
 
 
 def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None, *, wait: bool = False) -> dict[str, Any]:
@@ -269,13 +272,16 @@ def evaluate_saved(recipe: Recipe, *, adapter: str | None, patch: str | None) ->
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter {adapter!r} is not a folder with an adapter_config.json")
     file = None if patch is None else open_patch(patch)
+    if adapter is not None:
+        _check_numbers(adapter)
     tokenizer, sets = load_scored(recipe)
     model: Any = load_base(recipe)
     if adapter is None and file is None:
         return [{"method": "base", "kind": "base", "scores": score(model, tokenizer, recipe, sets)}]
     # attach first, so that what does not fit is refused before the base is scored
     if file is None:
-        with refusing(ConfigError, f"--adapter {adapter!r} cannot be loaded"):  # PEFT reads pickles as weights only
+        with refusing(ConfigError, f"--adapter {adapter!r} cannot be loaded"), warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*Found missing adapter keys")  # all that PEFT says of a file in part
             model = PeftModel.from_pretrained(model, str(adapter))
         result: dict[str, Any] = {"method": Path(str(adapter)).name, "kind": "adapter"}
     else:
@@ -286,3 +292,11 @@ def evaluate_saved(recipe: Recipe, *, adapter: str | None, patch: str | None) ->
     with model.disable_adapter():
         base = {"method": "base", "kind": "base", "scores": score(model, tokenizer, recipe, sets)}
     return [base, result | {"scores": score(model, tokenizer, recipe, sets)}]
+
+
+def _check_numbers(adapter: str) -> None:
+    """Refuse a saved adapter, of whatever method, with tensors that hold no numbers."""
+    with refusing(ConfigError, f"--adapter {adapter!r} cannot be loaded"):  # PEFT reads pickles as weights only
+        wrong = [name for name, tensor in load_peft_weights(adapter, device="cpu").items() if not all_finite(tensor)]
+        if wrong:
+            raise ConfigError(f"--adapter {adapter!r} holds NaN or infinity in {', '.join(wrong)}")
