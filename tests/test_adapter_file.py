@@ -386,6 +386,26 @@ def test_a_damaged_adapter_is_refused_by_every_loader_and_leaves_the_base(config
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), logits(model))
 
 
+@pytest.mark.parametrize("damage", ["cut", "no file", "no tensors"])
+def test_a_file_that_is_no_adapter_leaves_no_memory_behind(damage: str, tmp_path: Path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "adapter")
+    file, base = tmp_path / "adapter" / TENSORS, tiny_base()
+    before, names = logits(base), [name for name, _ in base.named_modules()]
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "no file":
+        file.write_bytes(content[:-9] if damage == "cut" else b"")
+    for load in (smf.load, PeftModel.from_pretrained):
+        with pytest.raises(Exception):  # noqa: B017, PT011 (PEFT's own loader raises what safetensors or the hub does)
+            load(base, tmp_path / "adapter")
+        assert [name for name, _ in base.named_modules()] == names and torch.equal(logits(base), before)
+        assert all(p.requires_grad for p in base.parameters()) and not hasattr(base, "peft_config")
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        model.load_adapter(tmp_path / "adapter", "second")
+    assert list(model.peft_config) == ["default"]
+
+
 def test_a_training_knows_of_patches_that_were_put_in_meanwhile(tmp_path: Path):
     model, other = tiny_model(), tiny_model()
     train(model, lr=0.1)

@@ -192,6 +192,16 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file_are_told(
     assert said(seen(path.parent), act=True) == []
 
 
+def test_a_finished_run_with_a_file_for_a_folder_is_broken(copy: Callable[[str], Path]):
+    folder = copy("smf")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    (folder / "checkpoints").touch()
+    (folder / LOCK).unlink(missing_ok=True)
+    (folder / LOCK).symlink_to(folder / "result.json")  # whose target a start would not touch
+    health = seen(folder)
+    assert health.state == "broken" and sum("it is no" in line for line in said(health, act=True)) == 2
+
+
 def test_a_method_may_be_called_healed_and_a_folder_be_named_by_dots(
     copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ):

@@ -259,6 +259,8 @@ def test_a_budget_of_tokens_that_the_base_cannot_read_is_refused(world: Path):
         load(load_recipe(world, settings))
     assert str(raised.value) == problem
     assert plan_of(world, "train.max_length=128", methods="base").problems == []
+    long = plan_of(world, "train.steps=1000000000", "target.train.path=none.jsonl", methods="base").problems
+    assert len(long) == 2 and any("at most 100,000,000 can be put in order" in problem for problem in long)
 
 
 def test_of_the_backgrounds_documents_as_much_is_read_as_the_base_reads(world: Path, capsys):

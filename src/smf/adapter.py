@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import TRAINED, SparseMemoryConfig
 from .decoder import find_decoder, refuse_base
-from .errors import ConfigError, PatchError, SmfError, UnsupportedModelError
+from .errors import ConfigError, SmfError, UnsupportedModelError
 from .fingerprint import base_hash
 from .frozen import FrozenBelow
 from .memory import KINDS, MemoryHost, MemoryShape, ProductKeyMemory
@@ -261,6 +261,10 @@ def _shapes(model: nn.Module, adapter: str) -> dict[str, MemoryShape]:
     return {name: layer.memories[adapter].shape for name, layer in layers.items() if adapter in layer.memories}
 
 
+def _has_memory(model: nn.Module) -> bool:
+    return any(isinstance(module, SparseMemoryLayer) for module in model.modules())
+
+
 def _detach(model: nn.Module) -> None:
     """Put the MLPs back in the place of all memory layers."""
     for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, SparseMemoryLayer)]:
@@ -304,15 +308,15 @@ def _register() -> None:
     @functools.wraps(read)
     def from_pretrained(cls: type[PeftModel], model: Any, *args: Any, **kwargs: Any) -> PeftModel:
         """A base whose adapter is refused is as it was."""
-        known = any(isinstance(m, SparseMemoryLayer) for m in model.modules())
+        known = _has_memory(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         try:
             return read(cls, model, *args, **kwargs)
-        except PatchError:
-            if not known:
+        except Exception:  # PEFT attaches before it opens the file, whatever is wrong with that
+            if not known and _has_memory(model):
                 _detach(model)
-            for parameter in trained:  # which PEFT froze
-                parameter.requires_grad_(True)
+                for parameter in trained:  # which PEFT froze
+                    parameter.requires_grad_(True)
             raise
 
     @functools.wraps(add)
@@ -321,8 +325,8 @@ def _register() -> None:
         known = adapter_name in self.peft_config
         try:
             return add(self, model_id, adapter_name, *args, **kwargs)
-        except PatchError:
-            if not known and adapter_name in self.peft_config:
+        except Exception:
+            if isinstance(self.base_model, SparseMemoryModel) and not known and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
 

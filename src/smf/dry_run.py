@@ -88,12 +88,13 @@ def dry_run(recipe: Recipe) -> Plan:
     found = _look_at_data(plan, recipe, tokenizer)
     examples, longest = _amounts(recipe, found)
     _look_at_disk(plan, recipe, config, found.get("target.train"))
-    if (steps := _steps(recipe, examples)) is not None:
+    steps = _try(plan, lambda: _steps(recipe, examples))
+    if steps is not None:
         plan.doubts += warmup_doubts(recipe.train.warmup_steps, steps)
     counted: dict[str, Passes] = {}
     for name, method in recipe.methods.items():
         trained = None if config is None else _try(plan, lambda name=name: _trained(recipe, name, config))
-        about = _about_method(recipe, method, config, examples, longest, trained, counted)
+        about = _about_method(recipe, method, config, steps, longest, trained, counted)
         plan.methods.append((name, method.kind, *about))
     return plan
 
@@ -244,13 +245,13 @@ def _about_method(
     recipe: Recipe,
     method: Method,
     config: Any,
-    examples: int | None,
+    steps: int | None,
     longest: int,
     trained: Trained | None,
     counted: dict[str, Passes],
 ) -> tuple[str, str, str, str]:
     """Learning rate, steps, numbers that train and, of a memory, rows a step, and gigabytes of memory, roughly."""
-    rate, steps = f"{method.lr:g}" if method.lr else "", _steps(recipe, examples)
+    rate = f"{method.lr:g}" if method.lr else ""
     text = "?" if steps is None else f"{steps:,}"
     if method.kind in UNTRAINED:
         rate, text = "", "0"

@@ -106,12 +106,12 @@ def _look(folder: Path) -> Health:
         health.bytes = disk_taken(folder)
         _look_at_lock(health, folder)
         _look_at_checkpoints(health, folder)
-        _look_at_kinds(health, folder)
         if _is_shared(folder):
             _look_at_healing(health, folder)
         else:
             _look_at_result(health, folder)
             _look_at_skipped(health, folder)
+        _look_at_kinds(health, folder)
         _look_at_remains(health, folder)
     except OSError as error:  # no right to read, or a disk that fails
         health.state = "broken"
@@ -176,7 +176,7 @@ def _look_at_healing(health: Health, folder: Path) -> None:
     """The memory that methods share: trained to its end where it has a manifest."""
     if (folder / MANIFEST).is_file():
         why = flaw(folder)
-        health.state = "broken" if why else "finished"
+        health.state = "finished" if why is None else "broken" if health.state != "running" else health.state
         if why:
             health.findings.append(Finding(str(folder), why, "nothing: the next start heals it again", act=False))
     elif health.state != "running":
@@ -189,7 +189,8 @@ def _look_at_kinds(health: Health, folder: Path) -> None:
     """Whether files are files and folders are folders; a run does not begin where they are not."""
     for name in (*FILES, *FOLDERS):
         path = folder / name
-        if os.path.lexists(path) and not (path.is_dir() if name in FOLDERS else path.is_file()):
+        right = path.is_dir() if name in FOLDERS else path.is_file() and not (name == LOCK and path.is_symlink())
+        if os.path.lexists(path) and not right:
             health.state = "broken" if health.state != "running" else health.state
             what = f"it is no {'folder' if name in FOLDERS else 'file'}"
             health.findings.append(Finding(str(path), what, f"rm -r {_quoted(path)}"))
@@ -262,7 +263,7 @@ def _look_at_tensors(health: Health, folder: Path, anew: str) -> None:
 
 def _look_at_skipped(health: Health, folder: Path) -> None:
     file = folder / SKIPPED
-    if not file.exists():
+    if not file.is_file():
         return
     try:
         steps = json.loads(read_text(file))

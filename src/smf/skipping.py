@@ -69,6 +69,10 @@ class Skipping(TrainerCallback):
         """Clip in Trainer's place, which does so before anyone looks: an infinite norm would leave zeros everywhere."""
         self.max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Give Trainer's arguments back as they were."""
+        args.max_grad_norm = self.max_grad_norm
+
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
