@@ -406,6 +406,21 @@ def test_a_file_that_is_no_adapter_leaves_no_memory_behind(damage: str, tmp_path
     assert list(model.peft_config) == ["default"]
 
 
+def test_a_load_that_is_interrupted_leaves_no_memory_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny_model().save_pretrained(tmp_path / "adapter")
+    base = tiny_base()
+    before, names = logits(base), [name for name, _ in base.named_modules()]
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft.peft_model.load_peft_weights", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert [name for name, _ in base.named_modules()] == names and torch.equal(logits(base), before)
+    assert all(p.requires_grad for p in base.parameters()) and not hasattr(base, "peft_config")
+
+
 def test_a_training_knows_of_patches_that_were_put_in_meanwhile(tmp_path: Path):
     model, other = tiny_model(), tiny_model()
     train(model, lr=0.1)

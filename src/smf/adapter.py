@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -229,8 +230,7 @@ class SparseMemoryModel(BaseTuner):
         layers = [m for m in self.model.modules() if isinstance(m, SparseMemoryLayer)]
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for layer in layers:
-            for handle in layer.tokens.handles:
-                handle.remove()
+            layer.tokens.close()
         return model
 
     def describe_trainable(self) -> tuple[int, str]:
@@ -257,21 +257,32 @@ class SparseMemoryModel(BaseTuner):
 
 def _shapes(model: nn.Module, adapter: str) -> dict[str, MemoryShape]:
     """Sizes and start of an adapter's memories, by the name of their module."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseMemoryLayer)}
-    return {name: layer.memories[adapter].shape for name, layer in layers.items() if adapter in layer.memories}
+    layers = _memory_layers(model).items()
+    return {name: layer.memories[adapter].shape for name, layer in layers if adapter in layer.memories}
 
 
-def _has_memory(model: nn.Module) -> bool:
-    return any(isinstance(module, SparseMemoryLayer) for module in model.modules())
+def _memory_layers(model: nn.Module) -> dict[str, SparseMemoryLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseMemoryLayer)}
 
 
-def _detach(model: nn.Module) -> None:
-    """Put the MLPs back in the place of all memory layers."""
-    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, SparseMemoryLayer)]:
-        for handle in layer.tokens.handles:
-            handle.remove()
+def _detach(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+    """Give a base that PEFT has attached memories to, and nothing else, its MLPs and what it trained back."""
+    for name, layer in (layers := _memory_layers(model)).items():
+        layer.tokens.close()
         model.set_submodule(name, layer.base_layer)
-    vars(model).pop("peft_config", None)
+    if layers:
+        vars(model).pop("peft_config", None)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _undone_unless_ended(undo: Callable[[], Any]) -> Iterator[None]:
+    """PEFT attaches before it opens a file: whatever is wrong with that, and whoever interrupts, it is undone."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(undo)
+        yield
+        stack.pop_all()
 
 
 # -- registration -----------------------------------------------------------------------------------------------------
@@ -308,27 +319,17 @@ def _register() -> None:
     @functools.wraps(read)
     def from_pretrained(cls: type[PeftModel], model: Any, *args: Any, **kwargs: Any) -> PeftModel:
         """A base whose adapter is refused is as it was."""
-        known = _has_memory(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        try:
+        known, trained = bool(_memory_layers(model)), [p for p in model.parameters() if p.requires_grad]
+        with _undone_unless_ended(lambda: known or _detach(model, trained)):
             return read(cls, model, *args, **kwargs)
-        except Exception:  # PEFT attaches before it opens the file, whatever is wrong with that
-            if not known and _has_memory(model):
-                _detach(model)
-                for parameter in trained:  # which PEFT froze
-                    parameter.requires_grad_(True)
-            raise
 
     @functools.wraps(add)
     def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """So is a model to which one is added."""
-        known = adapter_name in self.peft_config
-        try:
+        if adapter_name in self.peft_config or not isinstance(self.base_model, SparseMemoryModel):
             return add(self, model_id, adapter_name, *args, **kwargs)
-        except Exception:
-            if isinstance(self.base_model, SparseMemoryModel) and not known and adapter_name in self.peft_config:
-                self.delete_adapter(adapter_name)
-            raise
+        with _undone_unless_ended(lambda: adapter_name in self.peft_config and self.delete_adapter(adapter_name)):
+            return add(self, model_id, adapter_name, *args, **kwargs)
 
     PeftModel.from_pretrained, PeftModel.load_adapter = classmethod(from_pretrained), load_adapter  # type: ignore[assignment]
     PeftModel.save_pretrained = save_pretrained

@@ -19,7 +19,7 @@ from .fingerprint import MEMORY_PREFIX
 from .memory import MemoryShape
 from .patch import DTYPES, Patch, Tables, check_frozen, from_tables
 from .patch_file import load_patch
-from .table_rows import with_whole_tables
+from .table_rows import all_finite, with_whole_tables
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 PREFIX = "base_model.model."  # PEFT's, before the names of modules
@@ -99,7 +99,7 @@ def patch_of_adapter(folder: str | Path) -> Patch:
     found = read_adapter(folder)
     before = {layer: shape.start() for layer, shape in found.shapes.items()}
     for layer, table in found.tables.items():
-        wrong = [kind for kind, tensor in table.items() if not bool(tensor.isfinite().all())]
+        wrong = [kind for kind, tensor in table.items() if not all_finite(tensor)]
         if wrong:
             raise PatchError(f"the adapter in {folder} holds NaN or infinity in {wrong} of layer {layer}")
     return from_tables(found.config, found.config.base_hash, found.shapes, before, found.tables)

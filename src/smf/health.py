@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from .checkpoints import MANIFEST, flaw, found_in, step_of
+from .epoch_cache import HIDDEN
 from .errors import ConfigError, DataError, PatchError, SmfError
 from .files import PART, no_folder, read_text
 from .locks import LOCK, held_by
@@ -23,7 +24,7 @@ from .skipping import SKIPPED
 
 HEALED = "healed-"  # begins the names of folders with a memory that methods share
 FILES = (LOCK, "recipe.toml", "result.json", "log.txt", "metrics.jsonl", SKIPPED, "patch.smf")
-FOLDERS = ("checkpoints", "scores", "hidden-states")
+FOLDERS = ("checkpoints", "scores", HIDDEN)
 MADE = ("recipe.toml", "result.json", "log.txt", "checkpoints")  # some of which every run's folder has
 
 

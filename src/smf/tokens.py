@@ -28,6 +28,11 @@ class TokenMask:
         self._again = False  # it has
         self.handles = [decoder.register_forward_pre_hook(self._look, with_kwargs=True)]
 
+    def close(self) -> None:
+        """Leave the model alone."""
+        for handle in self.handles:
+            handle.remove()
+
     def _look(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._recording = torch.is_grad_enabled()
         if not self._recording:
