@@ -55,9 +55,9 @@ def test_python_example_runs_as_it_stands_and_its_claims_hold(tmp_path: Path, mo
 
 def test_pairs_of_json_lines_are_read_as_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    (line,) = re.findall(r"`(pairs = [^`]+)`", README)
+    (line,) = re.findall(r"`(import json; pairs = [^`]+)`", README)
     write_lines(tmp_path / "train.jsonl", [{"prompt": "Say:", "completion": " it"}])
-    names: dict[str, Any] = {"json": json}
+    names: dict[str, Any] = {}
     exec(" ".join(line.split()), names)
     assert names["pairs"] == [("Say:", " it")]
 

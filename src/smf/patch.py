@@ -111,10 +111,11 @@ class Patch:
             present = table["values"].detach()[rows.to(table["values"].device)].cpu()
             wrong = rows[~same_rows(present, rows_before[layer])]
             if len(wrong) > 0:
+                been = "applied" if verb == "apply" else "reverted"
                 raise PatchError(
                     f"cannot {verb}: {len(wrong)} of {len(rows)} rows of layer {layer} are not what the patch "
                     f"{'replaced' if verb == 'apply' else 'wrote'}: rows {wrong[:8].tolist()}. "
-                    "Another training or patch changed them; nothing was changed now"
+                    f"Another training or patch changed them, or this one is {been} already; nothing was changed now"
                 )
             for kind, tensor in others_before[layer].items():
                 if not same(table[kind].cpu(), tensor):
