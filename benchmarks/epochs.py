@@ -2,9 +2,9 @@
 
     python benchmarks/epochs.py
 
-Qwen2.5-0.5B's shape with random weights in float32, three memory layers; an epoch is two steps of 1 x 128 tokens, all
-of them learned. `floor` counts multiplications: what is left of an epoch's where the layers below the first memory have
-nothing to do. Writes benchmarks/results/epochs.json.
+Qwen2.5-0.5B's shape with random weights in float32, three memory layers or, as late rows have it, one; an epoch is two
+steps of 1 x 128 tokens, all of them learned. `floor` counts multiplications: what is left of an epoch's where the
+layers below the first memory have nothing to do. Writes benchmarks/results/epochs.json.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ STEPS, BATCH, LENGTH = 2, 1, 128
 CASES = {  # layers of the memory, and size of the vocabulary
     "layers 10, 12, 14, vocabulary of Qwen2.5": ([10, 12, 14], QWEN["vocab_size"]),
     "layers 16, 18, 20, vocabulary of Qwen2.5": ([16, 18, 20], QWEN["vocab_size"]),
+    "the last layer, vocabulary of Qwen2.5": ([23], QWEN["vocab_size"]),
     "layers 10, 12, 14, vocabulary of 8,192": ([10, 12, 14], 8192),
 }
 

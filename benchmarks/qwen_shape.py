@@ -6,11 +6,12 @@
 Both were run (benchmarks/results/qwen_shape_cpu.json, qwen_shape_cuda.json), before "our loss" was there. The weights
 are random (`--base` takes a folder's or the hub's), the tokens are real text, read again from its start where it ends;
 memory, learning rates (constant here), clipping and optimizers are those of `medmcqa.toml`: "smf" has its memories
-around the middle, "late-rows", which came after those files, at the last layer. With `--dtype bfloat16` the methods are
+around the middle, at layers 10, 12 and 14, "smf-adjacent" the same at 11, 12 and 13, "late-rows" at the last layer (the
+latter two came after those files). With `--dtype bfloat16` the methods are
 what they are in runs of a recipe with that `dtype`: base and full finetuning in bfloat16, the memory's table and LoRA's
 matrices in float32.
 
-"smf" and "late-rows" take the loss that `smf compare` gives to all methods (smf.loss.MeanTokenLoss), which makes logits
+These three take the loss that `smf compare` gives to all methods (smf.loss.MeanTokenLoss), which makes logits
 for some positions at a time; "lora" and "full" take the model's own, as who trains them without smf does, and "lora,
 our loss" and "full, our loss" show what they gain by ours.
 
@@ -55,7 +56,8 @@ from smf.recipe_file import load_recipe
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
 OUR_LOSS = ", our loss"
-SIDES = ("smf", "late-rows", "lora", "full", f"lora{OUR_LOSS}", f"full{OUR_LOSS}")  # compared with all but the first
+SIDES = ("smf", "smf-adjacent", "late-rows", "lora", "full", f"lora{OUR_LOSS}", f"full{OUR_LOSS}")
+COMPARED = SIDES[2:]  # what each side's figures are ratios to
 QWEN = {  # the configuration of Qwen2.5-0.5B
     "vocab_size": 151936,
     "hidden_size": 896,
@@ -93,6 +95,8 @@ class Setup:
     def recipe(self) -> Recipe:
         """`medmcqa.toml`, whose methods the sides are; of a tiny base with a memory that fits it."""
         recipe = load_recipe("medmcqa.toml")
+        adjacent = replace(recipe.methods["smf"], layers=[0, 1, 2] if self.tiny else [11, 12, 13])
+        recipe = replace(recipe, methods=recipe.methods | {"smf-adjacent": adjacent})
         if self.lora_dropout >= 0:
             lora = replace(recipe.methods["lora"], dropout=self.lora_dropout)
             recipe = replace(recipe, methods=recipe.methods | {"lora": lora})
@@ -289,7 +293,7 @@ def report(setup: Setup, turns: dict[str, list[Turn]], busy: float) -> dict[str,
         "setup": asdict(setup),
         "methods": {side: asdict(recipe.methods[side.removesuffix(OUR_LOSS)]) for side in SIDES}
         | {"memory": asdict(recipe.memory)},
-        "results": {side: figures(turns[side], {n: turns[n] for n in SIDES[1:]}, tokens) for side in SIDES},
+        "results": {side: figures(turns[side], {n: turns[n] for n in COMPARED}, tokens) for side in SIDES},
         "turns": {side: [asdict(turn) for turn in turns[side]] for side in SIDES},
     }
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 import smf
 from conftest import batch, tiny_model, trainer_arguments
@@ -162,7 +161,8 @@ def train_with_trainer(
         ddp_backend="gloo" if world > 1 else None,
     )
     data = ragged_examples() if examples is None else examples
-    trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
+    sealing = [smf.SealCheckpoints()]
+    trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None), callbacks=sealing)
     trainer.train(resume_from_checkpoint=checkpoint)
     return outcome(model, steps)
 
@@ -224,7 +224,7 @@ def main() -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if sys.argv[2:] == ["killed"]:  # as a script of one's own, which goes on by itself
         folder.mkdir(parents=True, exist_ok=True)
-        results = {"trainer": train_with_trainer(world, folder, get_last_checkpoint(folder))}
+        results = {"trainer": train_with_trainer(world, folder, smf.newest_checkpoint(folder))}
     else:
         dist.init_process_group("gloo")
         results = everything(rank, world, folder, others)

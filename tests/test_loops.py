@@ -146,6 +146,39 @@ def test_resuming_from_a_checkpoint_is_bit_identical(options: dict[str, Any], tm
     assert (tmp_path / "whole.smf").read_bytes() == (tmp_path / "resumed.smf").read_bytes()
 
 
+def test_a_script_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture):
+    def trained(folder: Path) -> Trainer:
+        optimizer = smf.SparseMemoryOptimizer(model := tiny_model(), lr=1e-2, rule="tf", rows_per_step=8)
+        args = arguments(folder, max_steps=6, save_strategy="steps", save_steps=2)
+        sealing = [smf.SealCheckpoints()]
+        trainer = Trainer(model, args, train_dataset=examples(), optimizers=(optimizer, None), callbacks=sealing)
+        trainer.train(resume_from_checkpoint=smf.newest_checkpoint(folder))
+        return trainer
+
+    whole, damaged, unsealed = trained(tmp_path), tmp_path / "checkpoint-6", tmp_path / "checkpoint-4"
+    assert smf.newest_checkpoint(tmp_path) == str(damaged) and capsys.readouterr().err == ""
+    content = bytearray((damaged / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "optimizer.pt").write_bytes(content)
+    (unsealed / "smf_complete.json").unlink()  # as a crash leaves it, or who trained without our callback
+    assert smf.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert capsys.readouterr().err.splitlines() == [
+        f"smf: set aside {damaged}: optimizer.pt is not what was written; kept as set-aside-6",
+        f"smf: set aside {unsealed}: it was not written to its end; kept as set-aside-4",
+    ]
+    assert (tmp_path / "set-aside-6" / "optimizer.pt").read_bytes() == content
+    again = trained(tmp_path)
+    assert again.state.global_step == 6 and identical(memory_state(again.model), memory_state(whole.model))
+    (damaged / "trainer_state.json").unlink()
+    assert smf.newest_checkpoint(tmp_path) == str(unsealed)
+    assert (tmp_path / "set-aside-6-2").is_dir() and (tmp_path / "set-aside-6").is_dir()
+
+
+def test_there_is_no_checkpoint_to_go_on_from(tmp_path: Path):
+    (tmp_path / "runs").mkdir()
+    assert smf.newest_checkpoint(tmp_path) is smf.newest_checkpoint(tmp_path / "nowhere") is None
+
+
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path):
     model = tiny_model()
     optimizer = smf.SparseMemoryOptimizer(model, lr=1e-2, rule="tf", rows_per_step=64)

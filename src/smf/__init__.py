@@ -22,6 +22,7 @@ from .memory import ProductKeyMemory, memory_layers, use_kernels
 from .optimizer import SparseMemoryOptimizer, StepReport
 from .patch import Patch
 from .patch_file import load_patch, save_patch
+from .sealing import SealCheckpoints, newest_checkpoint
 from .serving import PatchSwitch
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "PatchError",
     "PatchSwitch",
     "ProductKeyMemory",
+    "SealCheckpoints",
     "SmfError",
     "SparseMemoryConfig",
     "SparseMemoryModel",
@@ -47,6 +49,7 @@ __all__ = [
     "load",
     "load_patch",
     "memory_layers",
+    "newest_checkpoint",
     "open_patch",
     "read_background",
     "save_patch",

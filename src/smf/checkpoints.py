@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -61,7 +63,7 @@ def newest_complete(folder: Path, *, tidy: bool) -> Path | None:
             return checkpoint
         if tidy:
             print(f"smf: set aside {checkpoint}: {why}", file=sys.stderr)
-            _set_aside(checkpoint)
+            _clear_away(checkpoint)
     return None
 
 
@@ -76,13 +78,21 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def _set_aside(checkpoint: Path) -> None:
-    aside = checkpoint.with_name(f"set-aside-{step_of(checkpoint)}")
-    shutil.rmtree(aside, ignore_errors=True)
+def set_aside(checkpoint: Path) -> Path:
+    """Keep a checkpoint under another name, which is returned, where Trainer does not count it."""
+    aside = first = checkpoint.with_name(f"set-aside-{step_of(checkpoint)}")
+    for number in itertools.count(2):
+        if not os.path.lexists(aside):
+            break
+        aside = first.with_name(f"{first.name}-{number}")
+    return checkpoint.rename(aside)
+
+
+def _clear_away(checkpoint: Path) -> None:
     if checkpoint.is_symlink() or not checkpoint.is_dir():  # none of ours; what a link leads to stays
         checkpoint.unlink()
     elif (checkpoint / MANIFEST).is_file():
-        checkpoint.rename(aside)
+        set_aside(checkpoint)
     else:
         shutil.rmtree(checkpoint)
 
