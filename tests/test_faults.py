@@ -401,6 +401,10 @@ def into_file(path: Path) -> None:
     path.touch()
 
 
+def moved(path: Path) -> None:
+    path.symlink_to(path.rename(path.parents[1] / "elsewhere"))
+
+
 def into_folder(path: Path) -> None:
     path.unlink(missing_ok=True)
     path.mkdir(parents=True)
@@ -422,6 +426,13 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "other scores": (lambda run: (run / "scores" / "step-3.json").write_text('{"a": {}}'), "with role, task, metrics"),
     "a link for a checkpoint": (lambda run: (run / "checkpoints" / "checkpoint-99").symlink_to("nowhere"), None),
     "a checkpoint of something else": (lambda run: seal(run / "checkpoints" / "checkpoint-4"), "remove it to go on"),
+    "checkpoints elsewhere": (lambda run: moved(run / "checkpoints"), "checkpoints is a link, through which"),
+    "scores elsewhere": (lambda run: moved(run / "scores"), "scores is a link, through which"),
+    "metrics without end": (lambda run: os.truncate(run / "metrics.jsonl", 2**31), "metrics.jsonl has 2,147,483,648"),
+    "a manifest without end": (
+        lambda run: os.truncate(run / "checkpoints" / "checkpoint-4" / "smf_complete.json", 2**31),
+        None,
+    ),
     "a pipe for skipped steps": (lambda run: os.mkfifo(run / "skipped.json"), "skipped.json is not a regular file"),
     "a pipe for scores": (lambda run: into_pipe(run / "scores" / "step-3.json"), "step-3.json is not a regular file"),
     "a file for scores": (lambda run: into_file(run / "scores"), "scores is no folder; remove it to go on"),

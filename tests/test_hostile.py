@@ -379,6 +379,23 @@ def test_different_keys_within_a_column_are_none_of_rows(tmp_path: Path):
     json_lines.check_lines(tmp_path / "a.jsonl")
 
 
+TWICE = [b'{"text": "a", "text": "b"}', b'{"text": "a", "text": [1]}', b'{"text": "a", "n": {}, "text": 1}']
+
+
+@pytest.mark.parametrize("row", TWICE)
+def test_a_row_that_has_a_key_twice_is_refused(tmp_path: Path, row: bytes):
+    with pytest.raises(DataError, match="line 2 has the key 'text' twice"):
+        load_lines(tmp_path, [b'{"text": "a", "n": {"text": "b"}}\n', row + b"\n"])
+
+
+def test_texts_that_look_like_dates_stay_texts(tmp_path: Path):
+    """The parser makes dates of them where all texts of a column look like some."""
+    rows = [{"a": "2001-01-01", "b": {"c": ["1999-12-31 10:00:00"]}, "d": 1}, {"a": None, "b": None, "d": 2}]
+    for packed in ("".join(json.dumps(row) + "\n\n" for row in rows), "\ufeff" + json.dumps(rows)):
+        (tmp_path / "a.jsonl").write_text(packed)
+        assert [dict(row) for row in load_rows(Source(path="a.jsonl"), str(tmp_path), {}, ["a"])] == rows
+
+
 SPARSE: dict[str, tuple[Callable[[Path], Any], type[Exception]]] = {  # a file of 2 GiB that takes no room on a disk
     "recipe.toml": (load_recipe, ConfigError),
     "result.json": (read_result, DataError),

@@ -174,6 +174,44 @@ def test_a_script_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Pat
     assert (tmp_path / "set-aside-6-2").is_dir() and (tmp_path / "set-aside-6").is_dir()
 
 
+def test_what_the_page_says_of_checkpoints_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).parents[1] / "docs" / "patches.md").read_text().partition("## Trainer's checkpoints")[2]
+    example = page.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    for steps in (2, 4):
+        optimizer = smf.SparseMemoryOptimizer(model := tiny_model(), lr=1e-2, rule="tf")
+        args = arguments(Path("out"), max_steps=steps, save_strategy="steps", save_steps=2)
+        names = {"Trainer": Trainer, "smf": smf, "args": args, "model": model, "optimizer": optimizer}
+        exec(example, names | {"data": examples()})
+        assert optimizer.steps == steps and smf.newest_checkpoint("out") == f"out/checkpoint-{steps}"
+
+
+def test_what_seals_no_checkpoint_for_sure_is_refused_before_it_trains(tmp_path: Path):
+    for options, message in (
+        ({"save_total_limit": 1}, "set it to 2 or more"),
+        ({"enable_jit_checkpoint": True}, "without asking callbacks"),
+    ):
+        optimizer = smf.SparseMemoryOptimizer(model := tiny_model(), lr=1e-2, rule="tf")
+        args = arguments(tmp_path, **options)
+        sealing = [smf.SealCheckpoints()]
+        trainer = Trainer(model, args, train_dataset=examples(), optimizers=(optimizer, None), callbacks=sealing)
+        with pytest.raises(smf.ConfigError, match=message):
+            trainer.train()
+        assert optimizer.steps == 0
+
+
+def test_a_checkpoint_that_cannot_be_renamed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a disk that is mounted to be read only."""
+    (tmp_path / "checkpoint-4").mkdir()
+
+    def refuse(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(smf.StorageError, match=r"checkpoint-4 is not whole .* cannot be renamed: .*Read-only"):
+        smf.newest_checkpoint(tmp_path)
+
+
 def test_there_is_no_checkpoint_to_go_on_from(tmp_path: Path):
     (tmp_path / "runs").mkdir()
     assert smf.newest_checkpoint(tmp_path) is smf.newest_checkpoint(tmp_path / "nowhere") is None

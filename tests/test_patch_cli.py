@@ -17,6 +17,7 @@ from torch import nn
 import smf
 from conftest import batch, logits, tiny_base, tiny_model, train
 from smf.patch_cli import _names, main
+from smf.patch_file import patch_of
 from smf.row_report import row_report
 
 
@@ -147,8 +148,24 @@ def test_a_report_without_a_background_says_nothing_of_hubs(patches: dict):
     with pytest.raises(smf.ConfigError, match=r"the background is of layers \[1\], the patch of \[1, 2\]"):
         row_report(patches["a"], background=other)
     larger = smf.read_background(tiny_model(n_keys=64), [batch(4, 12)])
-    with pytest.raises(smf.ConfigError, match="it is of another memory"):
+    with pytest.raises(smf.ConfigError, match="another base or another memory"):
         row_report(patches["a"], background=larger)
+
+
+def test_a_background_of_another_base_or_memory_is_refused(patches: dict):
+    """Its rows are numbered alike and read by other texts. Of a healed memory a patch cannot tell."""
+    row_report(patches["a"], background=smf.read_background(tiny_model(), [batch(4, 12)]))
+    for other in (tiny_model(seed=3), tiny_model(heads=1)):
+        with pytest.raises(smf.ConfigError, match="another base or another memory"):
+            row_report(patches["a"], background=smf.read_background(other, [batch(4, 12)]))
+    healed = tiny_model()
+    with torch.no_grad():
+        for memory in smf.memory_layers(healed).values():
+            memory.tensor("query_weight").normal_()
+    optimizer = smf.SparseMemoryOptimizer(healed, rule="tf", lr=0.1)
+    healed.train()(**batch(4, 12)).loss.backward()
+    optimizer.step()
+    row_report(patch_of(healed), background=smf.read_background(tiny_model(), [batch(4, 12)]))
 
 
 def test_an_output_that_cannot_be_written_is_one_message(patches: dict, tmp_path: Path):
@@ -194,7 +211,7 @@ def test_the_commands_and_the_example_of_the_page_run(
     assert torch.equal(logits(model_of(tmp_path / "base_again")), logits(tiny_base()))
     model = tiny_model()
     train(model, steps=3, seed=0, lr=0.1)
-    example, protecting, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    example, protecting, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {"smf": smf, "model": model, "base": tiny_base()}
     exec(example, names)
     assert torch.equal(logits(smf.load(tiny_base(), "both.smf")), logits(smf.load(tiny_base(), names["both"])))

@@ -338,6 +338,29 @@ def test_an_adapter_in_part_or_without_numbers_is_refused(
             evaluate_saved(recipe, adapter=str(adapter), patch=None)
 
 
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"r": 10**6}, "rank 1,000,000, its tensors no side"),
+    "rank of some": ({"rank_pattern": {"q_proj": 10**6}}, "rank 1,000,000, its tensors no side"),
+    "layers": ({"layer_replication": [[0, 2]] * 200}, "layer_replication repeats layers"),
+    "alpha": ({"lora_alpha": float("inf")}, "not JSON compliant"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_an_adapter_whose_configuration_asks_for_more_than_it_has_is_refused(world: Path, tmp_path: Path, what: str):
+    """Before PEFT makes what it asks for."""
+    from smf.train import evaluate_saved
+
+    recipe = load_recipe(world)
+    run_method(recipe, "lora")
+    adapter = shutil.copytree(result_path(recipe, "lora").parent / "model", tmp_path / "adapter")
+    changes, message = HOSTILE[what]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ConfigError, match=message):
+        evaluate_saved(recipe, adapter=str(adapter), patch=None)
+
+
 def test_patch_of_another_base_is_refused_as_that(world: Path, tmp_path: Path):
     """And not for the layers that the other base does not have."""
     from smf.train import evaluate_saved

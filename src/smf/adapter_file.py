@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, get_peft_model
+from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from .config import SparseMemoryConfig
 from .errors import ConfigError, PatchError, refusing
-from .files import write_atomically
+from .files import read_text, write_atomically
 from .fingerprint import MEMORY_PREFIX
 from .memory import MemoryShape
 from .patch import DTYPES, Patch, Tables, check_frozen, from_tables
@@ -203,3 +204,23 @@ def _check_layouts(table: dict[str, Tensor], shape: MemoryShape, folder: Path) -
             f"{folder}: {wrong} of layer {shape.layer} are {[found.get(kind) for kind in wrong]}; its config promises "
             f"{[expected.get(kind) for kind in wrong]}"
         )
+
+
+def check_saved(folder: str) -> None:
+    """Refuse a saved adapter, of whatever method, that holds no numbers, or whose ranks no tensor of it has.
+
+    PEFT makes what the configuration says before it looks at the tensors.
+    """
+    with refusing(ConfigError, f"the adapter in {folder!r} cannot be loaded"):
+        config = json.loads(read_text(Path(folder) / CONFIG))
+        json.dumps(config, allow_nan=False)  # infinity is no JSON, but Python reads it
+        tensors = load_peft_weights(folder, device="cpu")  # pickles as weights only
+        wrong = [name for name, tensor in tensors.items() if not all_finite(tensor)]
+        if wrong:
+            raise ConfigError(f"it holds NaN or infinity in {', '.join(wrong)}")
+        largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+        ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+        if beyond := [rank for rank in ranks if isinstance(rank, int) and rank > largest]:
+            raise ConfigError(f"its configuration has rank {max(beyond):,}, its tensors no side beyond {largest:,}")
+        if config.get("layer_replication"):
+            raise ConfigError("layer_replication repeats layers of the base; smf compares one base with itself")

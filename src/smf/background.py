@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 from .errors import BackgroundError, refusing
 from .files import read_tensors, write_tensors
 from .fingerprint import json_hash, tensor_bytes, tensors_hash
-from .memory import ProductKeyMemory, evaluation_mode, memory_layers, unwrap
+from .memory import MemoryShape, ProductKeyMemory, evaluation_mode, memory_layers, unwrap
 from .rows import find
 
 FORMAT = 1
 PIECE = 2**20  # rows that are checked at a time
+SEARCH = ("query_weight", "query_bias", "keys")  # parameters that decide which rows are read
 
 
 @dataclass
@@ -209,17 +210,13 @@ def pad_right(rows: list[list[int]], pad: int) -> dict[str, Tensor]:
 
 def background_identity(memories: dict[int, ProductKeyMemory]) -> str:
     """Hash of what decides which rows a text reads: base, sizes, query and keys; not of the values."""
-    read_by = {
-        layer: {
-            "base": memory.base_hash,
-            "shape": {k: v for k, v in asdict(memory.shape).items() if k in ("d", "n_keys", "heads", "knn", "mode")},
-            "search": tensors_hash(
-                {kind: memory.tensor(kind) for kind in ("query_weight", "query_bias", "keys")}, dtype=torch.float32
-            ),
-        }
-        for layer, memory in memories.items()
-    }
-    return json_hash(read_by)
+    return json_hash({n: read_by(m.base_hash, m.shape, {k: m.tensor(k) for k in SEARCH}) for n, m in memories.items()})
+
+
+def read_by(base: str | None, shape: MemoryShape, search: dict[str, Tensor]) -> dict[str, Any]:
+    """What decides which rows of one layer a text reads; `search` has the tensors of SEARCH."""
+    sizes = {k: v for k, v in asdict(shape).items() if k in ("d", "n_keys", "heads", "knn", "mode")}
+    return {"base": base, "shape": sizes, "search": tensors_hash(search, dtype=torch.float32)}
 
 
 def read_background(

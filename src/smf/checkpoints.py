@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .files import write_json
+from .errors import StorageError
+from .files import read_text, write_json
 from .fingerprint import json_hash
 from .locks import LOCK
 
@@ -20,13 +21,15 @@ MANIFEST = "smf_complete.json"  # written into a checkpoint after everything els
 
 def seal(folder: Path, **facts: Any) -> None:
     """Write the manifest of a folder that is complete: the SHA-256 of every file in it and of `facts`, and these."""
+    if not folder.is_dir():  # of an empty one made here the manifest would hold
+        raise StorageError(f"there is no folder {folder} to write a manifest into")
     sums = {name: _sha256(folder / name) for name in sorted(_names(folder))}
     write_json(folder / MANIFEST, facts | {"sha256": sums | {MANIFEST: json_hash(facts)}})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `seal` wrote."""
-    return json.loads((folder / MANIFEST).read_text())
+    return json.loads(read_text(folder / MANIFEST))
 
 
 def flaw(folder: Path) -> str | None:

@@ -37,12 +37,13 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
-def read_text(path: Path, most: int = MOST) -> str:
+def read_text(path: Path, most: int = MOST, errors: str = "strict") -> str:
     """The text of a file, which must be a regular one: a pipe would be waited for, a device never ends.
 
     Args:
         path: of the file.
         most: bytes; a larger one, which need not take room on a disk, is refused before it is read.
+        errors: what to do about bytes that are not UTF-8, as `open` has it.
 
     Raises:
         OSError, UnicodeDecodeError: where it cannot be read.
@@ -52,7 +53,7 @@ def read_text(path: Path, most: int = MOST) -> str:
     size = path.stat().st_size
     if size > most:
         raise OSError(f"{path} has {size:,} bytes; expected {most:,} at most")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8", errors=errors)
 
 
 def remove_parts(folder: Path) -> None:

@@ -190,10 +190,10 @@ def _look_at_kinds(health: Health, folder: Path) -> None:
     """Whether files are files and folders are folders; a run does not begin where they are not."""
     for name in (*FILES, *FOLDERS):
         path = folder / name
-        right = path.is_dir() if name in FOLDERS else path.is_file() and not (name == LOCK and path.is_symlink())
-        if os.path.lexists(path) and not right:
+        right = path.is_dir() if name in FOLDERS else path.is_file()
+        if os.path.lexists(path) and (path.is_symlink() or not right):
             health.state = "broken" if health.state != "running" else health.state
-            what = f"it is no {'folder' if name in FOLDERS else 'file'}"
+            what = f"it is no {'folder' if name in FOLDERS else 'file'}" if not right else "it is a link"
             health.findings.append(Finding(str(path), what, f"rm -r {_quoted(path)}"))
 
 

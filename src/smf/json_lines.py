@@ -47,6 +47,13 @@ def broken_row(file: Path) -> str | None:
     return None if number else "it has no rows"
 
 
+def as_written(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, or of one list of all rows, that was read before."""
+    with opened(file) as lines:
+        rows = [json.loads(text) for line in lines if (text := line.decode("utf-8-sig").strip())]
+    return rows[0] if isinstance(rows[0], list) else rows
+
+
 def opened(file: Path) -> IO[bytes]:
     """The file's bytes, unpacked where gzip packed them."""
     with file.open("rb") as plain:
@@ -115,7 +122,11 @@ class _Looked:
         form = hash((self.left, structure, self.inside, *keys))
         if form not in self.forms:  # else its rows have keys that are known
             self.forms = (self.forms if len(self.forms) < FORMS else set()) | {form}
-            self.columns |= _keys_at(self.level - len(self.left), between, texts)
+            found = _keys_at(self.level - len(self.left), between, texts)
+            if self.level == 1 and not self.left and len(set(found)) < len(found):
+                twice = next(key for key in found if found.count(key) > 1)
+                raise DataError(f"{self._line} has the key {twice.decode(errors='replace')!r:.60} twice")
+            self.columns |= {hash(key) for key in found}
         if len(self.columns) > COLUMNS:
             what = f"its rows have more than {COLUMNS:,} different keys, each of which is a column of all rows"
             raise DataError(f"{self._line}: {what}; put what differs into a column's value")
@@ -130,17 +141,17 @@ class _Looked:
         self.left = left
 
 
-def _keys_at(level: int, between: list[bytes], texts: list[bytes]) -> set[int]:
-    """Hashes of the keys that stand within so many brackets more than are open before.
+def _keys_at(level: int, between: list[bytes], texts: list[bytes]) -> list[bytes]:
+    """The keys that stand within so many brackets more than are open before.
 
     Args:
         level: how many.
         between: what stands between texts, first what stands before the first one.
         texts: what stands in quotes.
     """
-    found, depth = set[int](), 0
+    found, depth = list[bytes](), 0
     for before, text, after in zip(between, texts, between[1:], strict=False):
         depth += before.count(b"{") + before.count(b"[") - before.count(b"}") - before.count(b"]")
         if depth == level and b":" in after:
-            found.add(hash(text))
+            found.append(text)
     return found

@@ -23,7 +23,7 @@ from .doubts import warmup_doubts
 from .epoch_cache import HIDDEN, EpochCache, why_not
 from .errors import ConfigError, SmfError, Stopped, TrainingError, refusing
 from .faults import explanation
-from .files import write_atomically, write_json
+from .files import read_text, write_atomically, write_json
 from .loss import MeanTokenLoss
 from .methods import Prepared
 from .optimizer import SparseMemoryOptimizer
@@ -125,7 +125,8 @@ class MetricsFile(TrainerCallback):
         if isinstance(optimizer, SparseMemoryOptimizer) and optimizer.background is not None:
             layers = optimizer.memories.items()
             self.hubs = {layer: optimizer.background.hubs(layer, memory.shape.n_rows) for layer, memory in layers}
-        lines = path.read_text(errors="replace").splitlines() if path.is_file() and resumed_at else []
+        with refusing(TrainingError, f"{path} cannot be read; remove it to go on"):
+            lines = read_text(path, errors="replace").splitlines() if path.is_file() and resumed_at else []
         kept = [line for line in lines if _step(line) <= resumed_at]
         if is_main():
             write_atomically(path, "".join(f"{line}\n" for line in kept))

@@ -15,7 +15,6 @@ from .fingerprint import base_hash, tensor_bytes, tensors_hash
 from .memory import MemoryShape, ProductKeyMemory, memory_layers
 from .provenance import Provenance, merge_provenance
 from .row_sets import Difference, Overlap, Policy, RowSet, difference, merge_rows, overlap, same_rows
-from .rows import find
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16)}
 Tables = Mapping[int, Mapping[str, Tensor]]  # of each layer the parameters of its memory, by kind
@@ -195,10 +194,10 @@ class Patch:
 
     def why(self, layer: int, row: int) -> dict[str, float]:
         """The examples that wrote a row, and their shares of the way that it moved, largest first."""
-        place, found = find(self.rows.get(layer, torch.empty(0, dtype=torch.int64)), torch.tensor([row]))
-        if not bool(found):
+        rows = self.rows.get(layer, torch.empty(0, dtype=torch.int64)).tolist()
+        if row not in rows:
             raise PatchError(f"the patch does not change row {row} of layer {layer}; its layers: {list(self.rows)}")
-        return self._known().writers(layer, int(place))
+        return self._known().writers(layer, rows.index(row))
 
     def written_by(self, examples: Collection[str], share: float = 1.0) -> Patch:
         """The part of the patch that these examples wrote: `.revert(model)` takes it out. No unlearning guarantee.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -96,7 +97,7 @@ def _print_why(patch: Patch, wanted: Sequence[str], format: str) -> None:
 def _rows_named(patch: Patch, wanted: str) -> list[tuple[int, int]]:
     """Layer and row of LAYER:ROW; of ROW alone in every layer where the patch changes it."""
     layer, _, row = wanted.rpartition(":")
-    if not row.isdecimal() or (layer and not layer.isdecimal()):
+    if not re.fullmatch(r"(\d{1,10}:)?\d{1,10}", wanted):
         raise PatchError(f"--why {wanted!r}: expected ROW or LAYER:ROW, such as 4:1207")
     if layer:
         return [(int(layer), int(row))]

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .background import Background
+from .background import SEARCH, Background, read_by
 from .errors import ConfigError
+from .fingerprint import json_hash, tensors_hash
 from .patch import Patch
 
 
@@ -52,10 +53,16 @@ def row_report(patch: Patch, others: Sequence[Patch] = (), background: Backgroun
 
     Raises:
         PatchError: for patches that do not belong together.
-        ConfigError: for a background of other layers.
+        ConfigError: for a background of other layers, or of another base or memory. Of a healed memory a patch does not
+            know the search, so that it cannot tell.
     """
     if background is not None and sorted(background.layers) != sorted(patch.rows):
         raise ConfigError(f"the background is of layers {sorted(background.layers)}, the patch of {sorted(patch.rows)}")
+    if background is not None and _identity(patch) not in (None, background.identity):
+        raise ConfigError(
+            "the background was read with another base or another memory than the patch was trained on; read general "
+            "text with that model (smf.read_background)"
+        )
     shared = [patch.overlap(other) for other in others]
     made = []
     for layer, rows in patch.rows.items():
@@ -84,6 +91,19 @@ def row_report(patch: Patch, others: Sequence[Patch] = (), background: Backgroun
             )
         )
     return made
+
+
+def _identity(patch: Patch) -> str | None:
+    """As a background of the patch's memory has it; None where config and seed do not give the memory's search back."""
+    known = {}
+    for layer, about in patch.metadata["layers"].items():
+        shape = patch.shape(int(layer))
+        start = shape.start() | patch.new_others[int(layer)]
+        frozen = {kind: t for kind, t in start.items() if kind not in ("values", "anchor", *about["others"])}
+        if tensors_hash(frozen) != about["frozen"]:  # it was healed
+            return None
+        known[int(layer)] = read_by(patch.metadata["base_hash"], shape, {kind: start[kind] for kind in SEARCH})
+    return json_hash(known)
 
 
 def _within(rows: Tensor, some: Tensor | None) -> int | None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from .checkpoints import flaw, found_in, seal, set_aside
+from .errors import ConfigError, StorageError, refusing
 from .ranks import world_size
 
 
@@ -19,7 +20,23 @@ class SealCheckpoints(TrainerCallback):
 
     `newest_checkpoint` then tells a checkpoint that is whole from one that a crash cut off or a disk damaged. Give it
     after callbacks that write into checkpoints themselves: a file that comes after the manifest breaks it.
+
+    Raises:
+        ConfigError: at the training's start, for options of Trainer by which a crash could leave no sealed checkpoint,
+            or whose checkpoints it is not told of.
     """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse what cannot be kept."""
+        if args.save_total_limit == 1:
+            raise ConfigError(
+                "save_total_limit = 1: Trainer removes the last sealed checkpoint before the next one can be sealed, "
+                "so a crash between the two would leave none; set it to 2 or more"
+            )
+        if getattr(args, "enable_jit_checkpoint", False):
+            raise ConfigError("enable_jit_checkpoint = True saves without asking callbacks, so without a manifest")
+        if state.is_hyper_param_search:
+            raise ConfigError("a hyperparameter search of Trainer saves elsewhere: SealCheckpoints is for one training")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Once all ranks have written, the one that saves seals."""
@@ -34,13 +51,18 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
     For `trainer.train(resume_from_checkpoint=smf.newest_checkpoint("out"))`, with `SealCheckpoints` among the
     callbacks. Newer checkpoints that are not whole are renamed to "set-aside-STEP", where Trainer does not count them,
-    and each is told on stderr with what is wrong with it; none is removed. Ranks find the same one, if the folder is
-    one for all of them.
+    and each is told on stderr with what is wrong with it; none is removed. So are sound ones of before the callback was
+    given, which no manifest vouches for. Ranks find the same one, if the folder is one for all of them.
+
+    Raises:
+        StorageError: where one cannot be renamed.
     """
     for checkpoint in found_in(Path(folder)):
         why = flaw(checkpoint)
         if why is None:
             return str(checkpoint)
         if os.environ.get("RANK", "0") == "0":
-            print(f"smf: set aside {checkpoint}: {why}; kept as {set_aside(checkpoint).name}", file=sys.stderr)
+            with refusing(StorageError, f"{checkpoint} is not whole ({why}) and cannot be renamed"):
+                kept = set_aside(checkpoint)
+            print(f"smf: set aside {checkpoint}: {why}; kept as {kept.name}", file=sys.stderr)
     return None

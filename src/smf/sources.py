@@ -14,7 +14,7 @@ from . import world
 from .data import Row, numbered
 from .errors import DataError, HubError, refusing
 from .fingerprint import hashed, part_of
-from .json_lines import broken_row, check_lines
+from .json_lines import as_written, broken_row, check_lines
 from .recipe import Source
 
 CACHE = "the hub's cache"  # in place of "hub": only what lies on this machine already
@@ -130,7 +130,8 @@ def _read(source: Source, data: str, table: str) -> Any:
     kind = READERS.get(file.suffix, "json")
     try:
         # escaped, since datasets takes a name for a pattern, by which another file may be found
-        return datasets.load_dataset(kind, data_files=glob.escape(str(file)), split="train")
+        rows: Any = datasets.load_dataset(kind, data_files=glob.escape(str(file)), split="train")
+        return _with_dates_as_written(rows, file) if kind == "json" else rows
     except Exception as error:  # datasets wraps many parsers' errors
         if isinstance(error, OSError) and error.filename and not _is_same(file, error.filename):
             raise DataError(f"the cache of datasets cannot be written: {error}; set HF_DATASETS_CACHE") from error
@@ -139,6 +140,19 @@ def _read(source: Source, data: str, table: str) -> Any:
         what = "JSON lines" if kind == "json" else kind
         found = broken_row(file) if kind == "json" else None  # the parser counts rows within a piece of the file
         raise DataError(f"{file} cannot be read as {what}: {found or error.__cause__ or error}") from error
+
+
+def _with_dates_as_written(rows: Any, file: Path) -> Any:
+    """JSON has no dates: where all texts of a column look like some, the parser makes them of it."""
+    import datasets
+
+    dates = [name for name, feature in rows.features.items() if "timestamp" in str(feature)]
+    if not dates:
+        return rows
+    written = as_written(file)
+    return datasets.Dataset.from_dict(
+        {name: [row.get(name) for row in written] if name in dates else rows[name][:] for name in rows.column_names}
+    )
 
 
 def _is_same(file: Path, named: Any) -> bool:

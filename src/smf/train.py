@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils import load_peft_weights
 from transformers import set_seed
 
 from . import methods
-from .adapter_file import open_patch
+from .adapter_file import check_saved, open_patch
 from .base import load_base
 from .checkpoints import MANIFEST, flaw, read_manifest, seal
 from .data import Loaded, in_order, with_replay
@@ -38,7 +37,6 @@ from .prepare import load, load_scored
 from .recipe import Recipe
 from .recipe_file import to_toml
 from .runs import FORMAT, is_finished
-from .table_rows import all_finite
 
 
 def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None, *, wait: bool = False) -> dict[str, Any]:
@@ -64,11 +62,11 @@ def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None, *, wait:
     folder = Path(recipe.output) / recipe.run_id(name)
     result_file = folder / "result.json"
     if is_finished(result_file):
-        return json.loads(result_file.read_text())
+        return json.loads(read_text(result_file))
     loaded = loaded or load(recipe)
     with explained(folder), _alone_in(folder, wait=wait):
         if is_finished(result_file):  # another process was at it
-            return json.loads(result_file.read_text())
+            return json.loads(read_text(result_file))
         return _run(recipe, name, loaded, folder, result_file)
 
 
@@ -76,6 +74,9 @@ def run_method(recipe: Recipe, name: str, loaded: Loaded | None = None, *, wait:
 def _alone_in(folder: Path, *, wait: bool) -> Iterator[None]:
     """The lock of a folder, which the first rank holds for all of them."""
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_symlink():
+            raise TrainingError(f"{path} is a link, through which a run would write elsewhere; remove it to go on")
     with working_in(folder, wait=wait) if is_main() else contextlib.nullcontext():
         yield
 
@@ -273,7 +274,7 @@ def evaluate_saved(recipe: Recipe, *, adapter: str | None, patch: str | None) ->
         raise ConfigError(f"--adapter {adapter!r} is not a folder with an adapter_config.json")
     file = None if patch is None else open_patch(patch)
     if adapter is not None:
-        _check_numbers(adapter)
+        check_saved(adapter)
     tokenizer, sets = load_scored(recipe)
     model: Any = load_base(recipe)
     if adapter is None and file is None:
@@ -292,11 +293,3 @@ def evaluate_saved(recipe: Recipe, *, adapter: str | None, patch: str | None) ->
     with model.disable_adapter():
         base = {"method": "base", "kind": "base", "scores": score(model, tokenizer, recipe, sets)}
     return [base, result | {"scores": score(model, tokenizer, recipe, sets)}]
-
-
-def _check_numbers(adapter: str) -> None:
-    """Refuse a saved adapter, of whatever method, with tensors that hold no numbers."""
-    with refusing(ConfigError, f"--adapter {adapter!r} cannot be loaded"):  # PEFT reads pickles as weights only
-        wrong = [name for name, tensor in load_peft_weights(adapter, device="cpu").items() if not all_finite(tensor)]
-        if wrong:
-            raise ConfigError(f"--adapter {adapter!r} holds NaN or infinity in {', '.join(wrong)}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from .compare import result_path, run_missing
 from .errors import ConfigError, TrainingError
+from .files import read_text
 from .recipe import UNTRAINED, Recipe
 from .recipe_file import load_recipe, named, to_toml
 from .runs import read_result
@@ -138,7 +139,7 @@ def with_earlier(recipe: Recipe, tuned: dict[str, Any], file: Path) -> dict[str,
 def _read_tuned(file: Path) -> dict[str, Any] | None:
     """An earlier call's file; None where there is none, or it is broken, which is said."""
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = json.loads(read_text(file))
         tuning_table(before)  # needs all that is read of it
     except FileNotFoundError:
         return None
