@@ -192,6 +192,14 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file_are_told(
     assert said(seen(path.parent), act=True) == []
 
 
+def test_a_folder_of_comparisons_is_told_as_that(runs: tuple[Recipe, Path], tmp_path: Path):
+    recipe, _ = runs
+    shutil.copytree(recipe.output, tmp_path / "demo")
+    with pytest.raises(ConfigError, match=f"no run in {tmp_path}, but folders of runs: give {tmp_path / 'demo'}"):
+        look_at(tmp_path)
+    assert look_at(tmp_path / "demo")
+
+
 def test_a_finished_run_with_a_file_for_a_folder_is_broken(copy: Callable[[str], Path]):
     folder = copy("smf")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -164,7 +164,8 @@ def test_a_script_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Pat
     assert smf.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert capsys.readouterr().err.splitlines() == [
         f"smf: set aside {damaged}: optimizer.pt is not what was written; kept as set-aside-6",
-        f"smf: set aside {unsealed}: it was not written to its end; kept as set-aside-4",
+        f"smf: set aside {unsealed}: it has no manifest: it was not written to its end, or saved without "
+        "smf.SealCheckpoints; kept as set-aside-4",
     ]
     assert (tmp_path / "set-aside-6" / "optimizer.pt").read_bytes() == content
     again = trained(tmp_path)
@@ -172,6 +173,9 @@ def test_a_script_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Pat
     (damaged / "trainer_state.json").unlink()
     assert smf.newest_checkpoint(tmp_path) == str(unsealed)
     assert (tmp_path / "set-aside-6-2").is_dir() and (tmp_path / "set-aside-6").is_dir()
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    assert smf.newest_checkpoint(tmp_path) is None and "begins at its first step" in capsys.readouterr().err
 
 
 def test_what_the_page_says_of_checkpoints_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

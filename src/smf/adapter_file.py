@@ -198,6 +198,10 @@ def _check_layouts(table: dict[str, Tensor], shape: MemoryShape, folder: Path) -
     skipped = {"values", "row_ids", "start"} if "row_ids" in table else set()
     expected = {kind: layout for kind, layout in shape.layouts().items() if kind not in skipped}
     found = {kind: (tensor.dtype, tuple(tensor.shape)) for kind, tensor in table.items() if kind not in skipped}
+    if missing := sorted({*expected} - {*found}):
+        raise PatchError(
+            f"{folder}: the file has no {', '.join(missing)} of layer {shape.layer}; its config promises it"
+        )
     if found != expected:
         wrong = sorted(kind for kind in {*found, *expected} if found.get(kind) != expected.get(kind))
         raise PatchError(

@@ -85,7 +85,7 @@ def read_tensors(
         error: class to raise.
         check: refuses headers and safetensors' slices of the tensors, before the tensors are read.
     """
-    with refusing(error, f"{path} is not a readable {kind} file"):
+    with refusing(error, f"{path} is not a readable {kind} file; copy or make it again"):
         if not path.is_file():
             raise error(f"no {kind} file at {path}")
         with safe_open(str(path), framework="pt") as file:  # refuses offsets that overlap or lie outside

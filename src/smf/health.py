@@ -82,11 +82,14 @@ def look_at(path: Path) -> list[Health]:
         if not path.is_dir():
             raise ConfigError(f"{no_folder(path)}; give the folder that `smf compare` wrote to, or one of a run")
         inner = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
-        runs = [each for each in inner if _is_run(each)]
-        if not runs and _is_run(path):
+        folders = [each for each in inner if _holds_runs(each)]
+        runs = [each for each in inner if _is_run(each) and each not in folders]
+        if not runs and not folders and _is_run(path):
             runs = [path]
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not runs and folders:
+        raise ConfigError(f"no run in {path}, but folders of runs: give {' or '.join(map(str, folders[:5]))}")
     if not runs:
         raise ConfigError(f"no run in {path}, nor in a folder there")
     return [_look(run) for run in runs]
@@ -94,6 +97,12 @@ def look_at(path: Path) -> list[Health]:
 
 def _is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in MADE) or folder.name.startswith(HEALED)
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Whether it is what `smf compare` wrote to, which has a recipe too."""
+    inner = (each for each in folder.iterdir() if each.is_dir())
+    return any((each / name).is_file() for each in inner for name in ("recipe.toml", "result.json"))
 
 
 def _is_shared(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from .checkpoints import flaw, found_in, seal, set_aside
+from .checkpoints import MANIFEST, flaw, found_in, seal, set_aside
 from .errors import ConfigError, StorageError, refusing
 from .ranks import world_size
 
@@ -51,18 +51,25 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
     For `trainer.train(resume_from_checkpoint=smf.newest_checkpoint("out"))`, with `SealCheckpoints` among the
     callbacks. Newer checkpoints that are not whole are renamed to "set-aside-STEP", where Trainer does not count them,
-    and each is told on stderr with what is wrong with it; none is removed. So are sound ones of before the callback was
-    given, which no manifest vouches for. Ranks find the same one, if the folder is one for all of them.
+    and each is told on stderr with what is wrong with it; none is removed. So are sound ones that were saved without
+    the callback, which no manifest vouches for; to go on from one of these, give its own path. Ranks find the same
+    one, if the folder is one for all of them.
 
     Raises:
         StorageError: where one cannot be renamed.
     """
-    for checkpoint in found_in(Path(folder)):
+    main = os.environ.get("RANK", "0") == "0"
+    found = found_in(Path(folder))
+    for checkpoint in found:
         why = flaw(checkpoint)
         if why is None:
             return str(checkpoint)
-        if os.environ.get("RANK", "0") == "0":
+        if not (checkpoint / MANIFEST).is_file():
+            why = "it has no manifest: it was not written to its end, or saved without smf.SealCheckpoints"
+        if main:
             with refusing(StorageError, f"{checkpoint} is not whole ({why}) and cannot be renamed"):
                 kept = set_aside(checkpoint)
             print(f"smf: set aside {checkpoint}: {why}; kept as {kept.name}", file=sys.stderr)
+    if found and main:
+        print(f"smf: no checkpoint in {folder} is whole: training begins at its first step", file=sys.stderr)
     return None
