@@ -207,9 +207,20 @@ def test_a_finished_run_with_a_file_for_a_folder_is_broken(copy: Callable[[str],
     (folder / LOCK).unlink(missing_ok=True)
     (folder / LOCK).symlink_to(folder / "result.json")  # whose target a start would not touch
     health = seen(folder)
-    assert health.state == "broken" and [
-        any(words in line for line in said(health, act=True)) for words in ("it is no folder", "it is a link")
-    ] == [True, True]
+    assert health.state == "broken" and sum("it is no" in line for line in said(health, act=True)) == 2
+
+
+def test_a_link_beside_a_run_that_is_to_go_on_is_told(runs: tuple[Recipe, Path], tmp_path: Path):
+    """And a copy that somebody keeps in a run's folder makes no folder of runs of it."""
+    recipe, _ = runs
+    folder = shutil.copytree(result_path(recipe, "smf").parent, tmp_path / result_path(recipe, "smf").parent.name)
+    shutil.copytree(folder, folder / "backup")
+    (folder / "model").symlink_to(tmp_path)
+    (health,) = look_at(tmp_path)
+    assert health.state == "finished" and not any("link" in line for line in said(health, act=True))
+    (folder / "result.json").unlink()
+    (health,) = look_at(tmp_path)
+    assert health.state == "broken" and any("it is a link" in line for line in said(health, act=True))
 
 
 def test_a_method_may_be_called_healed_and_a_folder_be_named_by_dots(

@@ -391,9 +391,28 @@ def test_a_row_that_has_a_key_twice_is_refused(tmp_path: Path, row: bytes):
 def test_texts_that_look_like_dates_stay_texts(tmp_path: Path):
     """The parser makes dates of them where all texts of a column look like some."""
     rows = [{"a": "2001-01-01", "b": {"c": ["1999-12-31 10:00:00"]}, "d": 1}, {"a": None, "b": None, "d": 2}]
-    for packed in ("".join(json.dumps(row) + "\n\n" for row in rows), "\ufeff" + json.dumps(rows)):
+    lines = "".join(json.dumps(row) + "\n\n" for row in rows)
+    for packed in (lines, "\ufeff" + json.dumps(rows), json.dumps(rows, indent=1), lines.replace(", ", ",\n")):
         (tmp_path / "a.jsonl").write_text(packed)
         assert [dict(row) for row in load_rows(Source(path="a.jsonl"), str(tmp_path), {}, ["a"])] == rows
+
+
+def test_a_column_of_dates_changes_no_other(tmp_path: Path):
+    row = {"d": "2001-01-01", "timestamp": {"timestamp": "x"}, "v": [{"k": 1}, {"k": None}]}
+    (read,) = load_lines(tmp_path, [json.dumps(row | {"text": "a"}).encode() + b"\n"])
+    assert dict(read) == row | {"text": "a"} and list(read) == [*row, "text"]
+
+
+ONCE = [
+    b'{"text": "a", "b\\"": 1, "b": 2}\n',
+    b'{"text": "a", "n": {"text": 1}, "m": {"text": 2}}\n',
+    b'{"text": "a"} {"text": "b"}\n',
+]
+
+
+@pytest.mark.parametrize("line", ONCE)
+def test_what_only_looks_like_a_key_twice_is_read(tmp_path: Path, line: bytes):
+    assert next(row["text"] for row in load_lines(tmp_path, [line])) == "a"
 
 
 SPARSE: dict[str, tuple[Callable[[Path], Any], type[Exception]]] = {  # a file of 2 GiB that takes no room on a disk

@@ -23,6 +23,7 @@ from .patch_file import load_patch
 from .table_rows import all_finite, with_whole_tables
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
+RANK = 1024  # so much of LoRA is made, though no tensor has it
 PREFIX = "base_model.model."  # PEFT's, before the names of modules
 
 
@@ -211,7 +212,7 @@ def _check_layouts(table: dict[str, Tensor], shape: MemoryShape, folder: Path) -
 
 
 def check_saved(folder: str) -> None:
-    """Refuse a saved adapter, of whatever method, that holds no numbers, or whose ranks no tensor of it has.
+    """Refuse a saved adapter, of whatever method, that holds no numbers, and one of LoRA whose ranks no tensor has.
 
     PEFT makes what the configuration says before it looks at the tensors.
     """
@@ -222,9 +223,11 @@ def check_saved(folder: str) -> None:
         wrong = [name for name, tensor in tensors.items() if not all_finite(tensor)]
         if wrong:
             raise ConfigError(f"it holds NaN or infinity in {', '.join(wrong)}")
-        largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+        if config.get("peft_type") != "LORA":
+            return
+        most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
         ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
-        if beyond := [rank for rank in ranks if isinstance(rank, int) and rank > largest]:
-            raise ConfigError(f"its configuration has rank {max(beyond):,}, its tensors no side beyond {largest:,}")
+        if beyond := [rank for rank in ranks if isinstance(rank, int) and rank > max(most, RANK)]:
+            raise ConfigError(f"its configuration has rank {max(beyond):,}, its tensors no side beyond {most:,}")
         if config.get("layer_replication"):
             raise ConfigError("layer_replication repeats layers of the base; smf compares one base with itself")

@@ -101,8 +101,13 @@ def _is_run(folder: Path) -> bool:
 
 def _holds_runs(folder: Path) -> bool:
     """Whether it is what `smf compare` wrote to, which has a recipe too."""
-    inner = (each for each in folder.iterdir() if each.is_dir())
-    return any((each / name).is_file() for each in inner for name in ("recipe.toml", "result.json"))
+    if any(os.path.lexists(folder / name) for name in ("result.json", "log.txt", "checkpoints", "metrics.jsonl", LOCK)):
+        return False  # a run's own folder, whatever lies in it
+    try:
+        inner = [each for each in folder.iterdir() if each.is_dir()]
+        return any((each / name).is_file() for each in inner for name in ("recipe.toml", "result.json"))
+    except OSError:
+        return False
 
 
 def _is_shared(folder: Path) -> bool:
@@ -122,6 +127,7 @@ def _look(folder: Path) -> Health:
             _look_at_result(health, folder)
             _look_at_skipped(health, folder)
         _look_at_kinds(health, folder)
+        _look_at_links(health, folder)
         _look_at_remains(health, folder)
     except OSError as error:  # no right to read, or a disk that fails
         health.state = "broken"
@@ -199,11 +205,19 @@ def _look_at_kinds(health: Health, folder: Path) -> None:
     """Whether files are files and folders are folders; a run does not begin where they are not."""
     for name in (*FILES, *FOLDERS):
         path = folder / name
-        right = path.is_dir() if name in FOLDERS else path.is_file()
-        if os.path.lexists(path) and (path.is_symlink() or not right):
+        right = path.is_dir() if name in FOLDERS else path.is_file() and not (name == LOCK and path.is_symlink())
+        if os.path.lexists(path) and not right:
             health.state = "broken" if health.state != "running" else health.state
-            what = f"it is no {'folder' if name in FOLDERS else 'file'}" if not right else "it is a link"
+            what = f"it is no {'folder' if name in FOLDERS else 'file'}"
             health.findings.append(Finding(str(path), what, f"rm -r {_quoted(path)}"))
+
+
+def _look_at_links(health: Health, folder: Path) -> None:
+    """No run begins beside a link, through which it could write elsewhere."""
+    for path in sorted(folder.iterdir()) if health.state not in ("finished", "running") else ():
+        if path.is_symlink() and path.name != LOCK:
+            health.state = "broken"
+            health.findings.append(Finding(str(path), "it is a link", f"rm {_quoted(path)}"))
 
 
 # -- what it left -----------------------------------------------------------------------------------------------------

@@ -47,11 +47,21 @@ def broken_row(file: Path) -> str | None:
     return None if number else "it has no rows"
 
 
-def as_written(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, or of one list of all rows, that was read before."""
-    with opened(file) as lines:
-        rows = [json.loads(text) for line in lines if (text := line.decode("utf-8-sig").strip())]
-    return rows[0] if isinstance(rows[0], list) else rows
+def as_written(file: Path) -> list[Any]:
+    """What Python reads of a file's rows: JSON lines, objects over several lines, or one list of all rows.
+
+    Raises:
+        ValueError: for what it cannot read.
+    """
+    with opened(file) as content:
+        text = content.read().decode("utf-8-sig").strip()
+    rows, at, decoder = [], 0, json.JSONDecoder()
+    while at < len(text):
+        row, at = decoder.raw_decode(text, at)
+        rows.append(row)
+        while at < len(text) and text[at].isspace():
+            at += 1
+    return rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
 
 
 def opened(file: Path) -> IO[bytes]:
@@ -92,7 +102,8 @@ class _Looked:
         parts = [b"", *parts] if self.inside else parts
         between, texts = parts[::2], parts[1::2]
         structure = b'"'.join(between).translate(None, NOT_STRUCTURE)
-        self._count_columns(structure, between, texts)
+        line = piece if ended and self.level == 1 and len(piece) == self.size else b""
+        self._count_columns(line, structure, between, texts)
         self._close(structure.translate(None, b'":'))
         self.inside = not ended and len(parts) % 2 == 0
         self.number, self.size = (self.number + 1, 0) if ended else (self.number, self.size)
@@ -116,16 +127,15 @@ class _Looked:
             raise DataError(f"{self.file} is neither JSON lines, nor such lines packed by gzip; {what}")
         self.level = 2 if begins == b"[" else 1  # one list of all rows
 
-    def _count_columns(self, structure: bytes, between: list[bytes], texts: list[bytes]) -> None:
+    def _count_columns(self, line: bytes, structure: bytes, between: list[bytes], texts: list[bytes]) -> None:
         between, texts = between[self.inside :], texts[self.inside :]  # whole ones, or whose end is in the next piece
         keys = [text for text, after in zip(texts, between[1:], strict=False) if b":" in after]
         form = hash((self.left, structure, self.inside, *keys))
         if form not in self.forms:  # else its rows have keys that are known
             self.forms = (self.forms if len(self.forms) < FORMS else set()) | {form}
             found = _keys_at(self.level - len(self.left), between, texts)
-            if self.level == 1 and not self.left and len(set(found)) < len(found):
-                twice = next(key for key in found if found.count(key) > 1)
-                raise DataError(f"{self._line} has the key {twice.decode(errors='replace')!r:.60} twice")
+            if len(set(found)) < len(found) and (key := _key_twice(line)) is not None:
+                raise DataError(f"{self._line} has the key {key!r:.60} twice")
             self.columns |= {hash(key) for key in found}
         if len(self.columns) > COLUMNS:
             what = f"its rows have more than {COLUMNS:,} different keys, each of which is a column of all rows"
@@ -139,6 +149,15 @@ class _Looked:
         if len(left) > NESTED:
             raise DataError(f"{self._line}: more than {NESTED} brackets are open, or do not match")
         self.left = left
+
+
+def _key_twice(line: bytes) -> str | None:
+    """A key that the row of a line has twice; None for what is no row by itself."""
+    try:
+        keys = [key for key, _ in json.loads(line, object_pairs_hook=list)]
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return next((key for key in keys if keys.count(key) > 1), None)
 
 
 def _keys_at(level: int, between: list[bytes], texts: list[bytes]) -> list[bytes]:

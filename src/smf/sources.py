@@ -143,16 +143,20 @@ def _read(source: Source, data: str, table: str) -> Any:
 
 
 def _with_dates_as_written(rows: Any, file: Path) -> Any:
-    """JSON has no dates: where all texts of a column look like some, the parser makes them of it."""
-    import datasets
-
-    dates = [name for name, feature in rows.features.items() if "timestamp" in str(feature)]
+    """JSON has no dates: where all texts of a column look like some, the parser makes dates of them."""
+    dates = [name for name, feature in rows.features.items() if "Value('timestamp[" in str(feature)]
     if not dates:
         return rows
-    written = as_written(file)
-    return datasets.Dataset.from_dict(
-        {name: [row.get(name) for row in written] if name in dates else rows[name][:] for name in rows.column_names}
-    )
+    try:
+        written = as_written(file)
+    except ValueError:  # the parser takes more than Python's
+        return rows
+    if len(written) != len(rows) or not all(isinstance(row, dict) for row in written):
+        return rows
+    names = rows.column_names
+    for name in dates:
+        rows = rows.remove_columns(name).add_column(name, [row.get(name) for row in written])
+    return rows.select_columns(names)
 
 
 def _is_same(file: Path, named: Any) -> bool:
