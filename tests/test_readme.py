@@ -138,17 +138,21 @@ def test_train_and_eval_commands_named_in_the_text_run(tmp_path: Path):
     assert "patch.smf" in done.stdout
 
 
-def test_links_lead_somewhere():
-    headings = {
-        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in README.splitlines()
-        if line.startswith("#")
-    }
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        if target.startswith("#"):  # GitHub's address of a heading of this page
-            assert target[1:] in headings, target
-        else:
-            assert (REPO / target).exists(), target
+def headings(page: Path) -> set[str]:
+    """GitHub's addresses of the headings of a page."""
+    lines = (line for line in page.read_text().splitlines() if line.startswith("#"))
+    return {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize(
+    "page", [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))], ids=lambda page: page.stem
+)
+def test_links_lead_somewhere(page: Path):
+    for link in re.findall(r"\]\(((?!http)[^) ]+)\)", page.read_text()):
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
 
 
 def test_table_of_the_demo_is_the_committed_result():
