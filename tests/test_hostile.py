@@ -40,6 +40,7 @@ from smf.runs import read_result, read_runs
 from smf.shape import MemoryShape
 from smf.sources import load_rows
 from smf.train import _prepare
+from test_fuzz import SECONDS, within
 from test_patch import forge, read_file
 from tiny import make_base, make_world
 
@@ -401,6 +402,13 @@ def test_a_column_of_dates_changes_no_other(tmp_path: Path):
     row = {"d": "2001-01-01", "timestamp": {"timestamp": "x"}, "v": [{"k": 1}, {"k": None}]}
     (read,) = load_lines(tmp_path, [json.dumps(row | {"text": "a"}).encode() + b"\n"])
     assert dict(read) == row | {"text": "a"} and list(read) == [*row, "text"]
+
+
+def test_a_row_of_many_keys_with_one_twice_does_not_hang(tmp_path: Path):
+    row = ",".join(f'"{number:x}":1' for number in (*range(100_000), 99_999)).encode()
+    assert len(row) < 2**20 - 10  # a piece
+    with within(SECONDS), pytest.raises(DataError, match="has the key '1869f' twice"):
+        load_lines(tmp_path, [b'{"text": "a"}\n', b"{" + row + b"}\n"])
 
 
 ONCE = [

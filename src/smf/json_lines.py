@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -154,10 +155,10 @@ class _Looked:
 def _key_twice(line: bytes) -> str | None:
     """A key that the row of a line has twice; None for what is no row by itself."""
     try:
-        keys = [key for key, _ in json.loads(line, object_pairs_hook=list)]
+        times = Counter(key for key, _ in json.loads(line, object_pairs_hook=list))
     except (ValueError, TypeError, RecursionError):
         return None
-    return next((key for key in keys if keys.count(key) > 1), None)
+    return next((key for key, count in times.items() if count > 1), None)
 
 
 def _keys_at(level: int, between: list[bytes], texts: list[bytes]) -> list[bytes]:
