@@ -27,7 +27,7 @@ from .files import read_text, write_atomically, write_json
 from .loss import MeanTokenLoss
 from .methods import Prepared
 from .optimizer import SparseMemoryOptimizer
-from .ranks import join_again, mean_, same_everywhere
+from .ranks import is_main, join_again, mean_, same_everywhere
 from .recipe import Recipe, TrainOptions
 from .skipping import SKIPPED, Skipping
 from .stopping import StopAtSigterm
@@ -102,11 +102,6 @@ class LossGoesOn(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Nothing is read any more."""
         self.read = True
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes (torchrun starts several)."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _step(line: str) -> float:

@@ -19,6 +19,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_main() -> bool:
+    """Whether this process is the one that writes (torchrun starts several)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def join_again(timeout: timedelta) -> None:
     """Join the other ranks of a job that torchrun has started anew.
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from .checkpoints import MANIFEST, flaw, found_in, seal, set_aside
 from .errors import ConfigError, StorageError, refusing
-from .ranks import world_size
+from .ranks import is_main, world_size
 
 
 class SealCheckpoints(TrainerCallback):
@@ -58,7 +58,6 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     Raises:
         StorageError: where one cannot be renamed.
     """
-    main = os.environ.get("RANK", "0") == "0"
     found = found_in(Path(folder))
     for checkpoint in found:
         why = flaw(checkpoint)
@@ -66,10 +65,10 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
             return str(checkpoint)
         if not (checkpoint / MANIFEST).is_file():
             why = "it has no manifest: it was not written to its end, or saved without smf.SealCheckpoints"
-        if main:
+        if is_main():
             with refusing(StorageError, f"{checkpoint} is not whole ({why}) and cannot be renamed"):
                 kept = set_aside(checkpoint)
             print(f"smf: set aside {checkpoint}: {why}; kept as {kept.name}", file=sys.stderr)
-    if found and main:
+    if found and is_main():
         print(f"smf: no checkpoint in {folder} is whole: training begins at its first step", file=sys.stderr)
     return None

@@ -32,8 +32,9 @@ from .evaluate import score
 from .faults import explained
 from .files import read_text, remove_parts, write_atomically, write_json
 from .locks import working_in
-from .loop import ScoreOnTheWay, fit, is_main, steps_of, training_steps
+from .loop import ScoreOnTheWay, fit, steps_of, training_steps
 from .prepare import load, load_scored
+from .ranks import is_main
 from .recipe import Recipe
 from .recipe_file import to_toml
 from .runs import FORMAT, is_finished
