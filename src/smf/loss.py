@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .errors import TrainingError
 from .memory import evaluation_mode
 
-AT_ONCE = 2**24  # numbers of logits: 64 MiB in float32
+AT_ONCE = 2**25  # numbers of logits: 128 MiB in float32; products of fewer positions are slower (docs/log.md)
 AT_ONCE_ON_GPU = 2**27  # larger products suit it, and its bandwidth the sums over parts; not measured there
 
 
@@ -130,10 +130,13 @@ class _SummedLoss(torch.autograd.Function):
         positions = positions_at_once(len(weight_VD), weight_VD.device.type)
         for part in (slice(at, at + positions) for at in range(0, len(hidden_LD), positions)):
             here_PD, next_P1 = hidden_LD[part], next_L[part, None]
-            log_p_PV = F.log_softmax(F.linear(here_PD, weight_VD, bias_V), -1, dtype=wide)
-            total -= log_p_PV.gather(1, next_P1).sum()
+            p_PV = F.linear(here_PD, weight_VD, bias_V).to(wide)  # logits; probabilities in their place, to hold one
+            p_PV -= p_PV.amax(1, keepdim=True)
+            of_next_P1 = p_PV.gather(1, next_P1)
+            sum_P1 = p_PV.exp_().sum(1, keepdim=True)
+            total += (sum_P1.log() - of_next_P1).sum()
             # with respect to logits: what is likely, less what came
-            for_logits_PV = log_p_PV.exp_().scatter_add_(1, next_P1, -torch.ones_like(next_P1, dtype=wide))
+            for_logits_PV = p_PV.div_(sum_P1).scatter_add_(1, next_P1, -torch.ones_like(next_P1, dtype=wide))
             if for_bias_V is not None:
                 for_bias_V += for_logits_PV.sum(0)
             for_logits_PV = for_logits_PV.to(here_PD.dtype)
@@ -141,7 +144,7 @@ class _SummedLoss(torch.autograd.Function):
                 for_hidden_LD[part] = for_logits_PV @ weight_VD
             if for_weight_VD is not None:
                 _add_product_(for_weight_VD, for_logits_PV.T, here_PD)
-            del log_p_PV, for_logits_PV  # before the next part's are made
+            del p_PV, for_logits_PV  # before the next part's are made
         ctx.save_for_backward(*grads)
         return total
 
