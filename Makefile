@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # 4 x 256 random tokens, against LoRA without dropout and full finetuning
-TRAIN_STEP := --batch 4 --length 256 --documents 1 --steps 1 --text "" --lora-dropout 0 --warm-up-length 16 --output benchmarks/results/train_step.json
+TRAIN_STEP := --batch 4 --length 256 --documents 1 --steps 2 --text "" --lora-dropout 0 --output benchmarks/results/train_step.json
 
 .PHONY: help demo test test-all lint bench clean
 
@@ -33,7 +33,7 @@ lint: $(STAMP)          ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(STAMP)         ## benchmarks, about an hour on two idle cores; results go to benchmarks/results/ (docs/speed.md)
+bench: $(STAMP)         ## benchmarks, about two hours on two idle cores; results go to benchmarks/results/ (docs/speed.md)
 	for name in memory_growth row_step search background reading step_rules epochs demo; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/qwen_shape.py $(TRAIN_STEP)
 

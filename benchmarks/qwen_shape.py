@@ -90,7 +90,6 @@ class Setup:
     steps: int = 3
     turns: int = 3
     lora_dropout: float = -1.0
-    warm_up_length: int = 0
 
     def recipe(self) -> Recipe:
         """`medmcqa.toml`, whose methods the sides are; of a tiny base with a memory that fits it."""
@@ -228,9 +227,7 @@ def measure(side: str, setup: Setup) -> Turn:
     timed, processor = [], []
     loss_of = None if side in ("lora", "full") else MeanTokenLoss(prepared.model)
     with loss_of or contextlib.nullcontext():
-        for number, ids_BS in enumerate(batches):
-            if number < setup.warm_up and setup.warm_up_length:
-                ids_BS = ids_BS[:, : setup.warm_up_length]
+        for ids_BS in batches:
             started = time.process_time()
             timed.append(seconds_of(functools.partial(step, prepared, loss_of, ids_BS), setup.device))
             processor.append(time.process_time() - started)
@@ -312,7 +309,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=given.length, help="tokens of a sequence")
     parser.add_argument("--documents", type=int, default=given.documents, help="sequences of the background")
     parser.add_argument("--warm-up", type=int, default=given.warm_up, help="steps of a turn that are not timed")
-    parser.add_argument("--warm-up-length", type=int, default=given.warm_up_length, help="tokens of theirs; 0: as many")
     parser.add_argument("--steps", type=int, default=given.steps, help="steps of a turn that are timed")
     parser.add_argument("--turns", type=int, default=given.turns, help="turns of each side")
     parser.add_argument("--lora-dropout", type=float, default=given.lora_dropout, help="none: the recipe's")
