@@ -28,8 +28,8 @@ def seconds_of(*options: str) -> float:
 def main() -> None:
     options = parser(__doc__, turns=1).parse_args()
     result = Result(__file__, options)
-    whole = [seconds_of() for _ in range(options.turns)]
-    full = [seconds_of("--methods", "full") for _ in range(options.turns)]
+    turns = [(seconds_of(), seconds_of("--methods", "full")) for _ in range(options.turns)]
+    whole, full = zip(*turns, strict=True)
     ratios = [a / b for a, b in zip(whole, full, strict=True)]
     result.write(figures={"runs of full finetuning": ratios}, seconds={"whole demo": whole, "full alone": full})
 

@@ -34,11 +34,12 @@ CASES = {  # layers of the memory, and size of the vocabulary
 
 
 def floor(layers: list[int], base: Any) -> float:
-    """Multiplications of a later epoch / of the first: forward, and the gradient from the end to the first memory."""
+    """Multiplications of a later epoch / of the first: forward, and back to the end of the first memory's layer."""
     depth = len(base.model.layers)
     block = sum(p.numel() for p in base.model.layers[0].parameters())
-    above, head = (depth - layers[0]) * block, base.lm_head.weight.numel()
-    return 2 * (above + head) / (depth * block + above + 2 * head)
+    head = base.lm_head.weight.numel()
+    forward, back = (depth - layers[0]) * block + head, (depth - layers[0] - 1) * block + head
+    return (forward + back) / (depth * block + head + back)
 
 
 def measure(layers: list[int], vocabulary: int, turns: int) -> tuple[dict[str, Any], Any]:

@@ -26,6 +26,7 @@ import peft
 import torch
 import transformers
 from peft import get_peft_model
+from torch._subclasses import FakeTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import smf
@@ -67,7 +68,8 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):
+        # torch.compile leaves fake ones, which have no memory
+        if issubclass(type(thing), torch.Tensor) and not issubclass(type(thing), FakeTensor):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -31,6 +31,7 @@ import functools
 import gzip
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -284,10 +285,10 @@ def report(setup: Setup, turns: dict[str, list[Turn]], busy: float) -> dict[str,
     device = {"gpu": torch.cuda.get_device_name()} if setup.device != "cpu" else {}
     tokens = setup.batch * setup.length
     return {
-        "command": f"python {' '.join(sys.argv)}",
+        "command": shlex.join(["python", *sys.argv]),
         "machine": machine() | device | {"load average at the start": busy},
         "versions": versions(),
-        "setup": asdict(setup),
+        "setup": asdict(setup) | ({} if setup.text else {"tokenizer": ""}),  # random tokens need none
         "methods": {side: asdict(recipe.methods[side.removesuffix(OUR_LOSS)]) for side in SIDES}
         | {"memory": asdict(recipe.memory)},
         "results": {side: figures(turns[side], {n: turns[n] for n in COMPARED}, tokens) for side in SIDES},

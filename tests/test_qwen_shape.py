@@ -20,6 +20,7 @@ from smf.methods import memory_config
 from tiny import WORDS, make_tokenizer, write_lines
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = [*sorted(BENCHMARKS.glob("results/qwen_shape_*.json")), BENCHMARKS / "results" / "train_step.json"]
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_the_benchmark_of_the_shape_measures_every_side_on_equal_steps(
     assert report["results"]["full"]["times full's seconds"]["median"] == 1
 
 
-@pytest.mark.parametrize("result", sorted(BENCHMARKS.glob("results/qwen_shape_*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("result", RESULTS, ids=lambda path: path.stem)
 def test_committed_results_name_files_as_seen_from_the_repository(result: Path):
     found = json.loads(result.read_text())
     named = [str(found["command"]), *map(str, found["setup"].values())]
