@@ -23,10 +23,10 @@ demo: $(STAMP)          ## the whole comparison on the embedded world: table, an
 	$(BIN)/smf demo $(OPTIONS)
 
 test: $(STAMP)          ## the fast tests (minutes)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-all: $(STAMP)      ## every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)          ## style and types
 	$(BIN)/ruff check .

@@ -88,7 +88,11 @@ def shared() -> Path:
     return SHARED
 
 
-LONGEST_FIRST = ("test_readme", "test_demo", "test_train", "test_compare", "test_report", "test_wheel", "test_world")
+LONGEST_FIRST = (
+    *("test_readme", "test_dry_run", "test_demo", "test_compare", "test_world", "test_hub", "test_plan", "test_train"),
+    *("test_ray", "test_report", "test_tune", "test_ranks", "test_special_tokens", "test_study", "test_faults"),
+    *("test_jobs", "test_methods", "test_wheel", "test_recipes_run", "test_epoch_cache", "test_kernels", "test_runs"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
