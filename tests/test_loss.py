@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 import smf
@@ -105,6 +107,26 @@ def test_no_more_logits_are_made_than_some_positions_have():
     with LargeOutputs(5 * model.config.vocab_size, list(model.parameters())) as large:
         MeanTokenLoss(model)(model(input_ids=ids), labels).backward()
     assert made()
+
+
+class Held(TorchDispatchMode):
+    """Keeps every tensor of a shape that operations return, so that no two share an address by turns."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape, self.kept = shape, []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.kept += [each for each in tree_leaves(out) if isinstance(each, Tensor) and each.shape == self.shape]
+        return out
+
+
+def test_a_part_holds_its_logits_once():
+    head = torch.nn.Linear(8, 100, bias=False).requires_grad_(False)
+    with Held((3, 100)) as held:
+        summed_loss(torch.randn(3, 8, requires_grad=True), head, torch.arange(3)).backward()
+    assert len(held.kept) > 1 and len({each.untyped_storage().data_ptr() for each in held.kept}) == 1
 
 
 def test_scoring_on_the_way_sees_all_logits_and_so_does_everyone_afterwards():

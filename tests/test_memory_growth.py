@@ -9,7 +9,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +52,14 @@ class LargeOutputs(TorchDispatchMode):
                 if storage.nbytes() >= self.limit and storage.data_ptr() not in self.known:
                     self.found.append((str(function), tuple(tensor.shape)))
         return out
+
+
+def test_fake_tensors_have_no_memory(benchmark: ModuleType):
+    """torch.compile leaves some behind, in the process that tests share."""
+    before = benchmark.live_bytes()
+    with FakeTensorMode():
+        fake = torch.empty(1000)
+    assert fake.numel() == 1000 and benchmark.live_bytes() == before
 
 
 def test_held_memory_depends_on_rows_chosen_and_tokens_alone(benchmark: ModuleType):
