@@ -35,7 +35,7 @@ lint: $(STAMP)          ## style and types
 
 bench: $(STAMP)         ## benchmarks, about two hours on two idle cores; results go to benchmarks/results/ (docs/speed.md)
 	for name in memory_growth row_step search background reading step_rules epochs demo; do $(BIN)/python benchmarks/$$name.py || exit 1; done
-	$(BIN)/python benchmarks/qwen_shape.py $(TRAIN_STEP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/qwen_shape.py $(TRAIN_STEP)
 
 clean:                  ## remove the environment and builds
 	rm -rf $(VENV) dist build
