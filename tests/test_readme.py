@@ -95,7 +95,8 @@ def test_smf_commands_run(line: str, runs: Path, tmp_path: Path, request: pytest
     arguments = shlex.split(line)[1:]
     if "../shared" in line:
         request.getfixturevalue("shared")  # skips where it is absent
-        runs = tmp_path  # it is no demo
+        arguments += ["--methods", "smf-kl"]
+        runs = tmp_path  # these are none of the demo
     if arguments[0] in ("report", "doctor"):  # of what the commands before it have made
         if not list(runs.glob("lora-*/result.json")):
             demo = [sys.executable, "-m", "smf", "demo", "--methods", "lora", "--output", str(runs), *SMALL]
